@@ -1,0 +1,164 @@
+"""The files that stages hand to each other: schema, write, read, and the check that they belong together.
+
+A model folder is a Hugging Face folder whose ``config.json`` carries a ``quantization_config`` (:class:`QuantConfig`) and whose
+safetensors hold, for each quantized linear layer ``NAME``, its packed base weights beside everything left unquantized:
+
+* codebook: ``NAME.qweight``, ``NAME.codebook``, ``NAME.scale``
+* uniform: ``NAME.qweight``, ``NAME.scales``, ``NAME.zeros``
+
+Beside them lie ``cheatsheet.pt`` (the residuals) and ``thresholds.pt`` (what calibration saw), each
+``{"format": ..., "version": 1, "config": {...}, "tensors": {...}}``, in natural order, one entry per linear layer, never fused.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from decdec.errors import UserError
+from decdec.files import atomic, read_json
+from decdec.packing import BASE_BITS, RESIDUAL_BITS, RESIDUAL_LAYOUT_VERSION, TILE_LAYOUT_VERSION
+from decdec.reference import chunk_counts
+
+QUANT_METHOD = "decdec"
+FORMATS = ("codebook", "uniform")
+CHEATSHEET = "cheatsheet.pt"
+THRESHOLDS = "thresholds.pt"
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How the base weights of a folder were made: ``config.json["quantization_config"]``."""
+
+    method: str  # "awq", "squeezellm", "rtn"
+    format: str  # "codebook" or "uniform"
+    bits: int
+    group_size: int | None  # inputs that share a scale; None for codebooks
+    base_model: str
+    weights_hash: str  # over all packed tensors; artifacts of other weights are refused by it
+    calibration: dict = field(default_factory=dict)
+    layer_bits: dict[str, int] = field(default_factory=dict)  # layers whose bits differ from ``bits`` (3.5-bit models)
+    layout_version: int = TILE_LAYOUT_VERSION
+    quant_method: str = QUANT_METHOD
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping, source: str = "quantization_config") -> "QuantConfig":
+        if content.get("quant_method") != QUANT_METHOD:
+            raise UserError(f"{source}: expected quant_method '{QUANT_METHOD}', got {content.get('quant_method')!r}")
+        if content.get("layout_version") != TILE_LAYOUT_VERSION:
+            raise UserError(f"{source}: expected layout_version {TILE_LAYOUT_VERSION}, got {content.get('layout_version')!r}")
+        known = {f.name for f in fields(cls)}
+        try:
+            config = cls(**{key: value for key, value in content.items() if key in known})
+        except TypeError as error:
+            raise UserError(f"{source}: {error}") from None
+        if config.format not in FORMATS:
+            raise UserError(f"{source}: format: expected one of {', '.join(FORMATS)}, got {config.format!r}")
+        for bits in (config.bits, *config.layer_bits.values()):
+            if bits not in BASE_BITS:
+                raise UserError(f"{source}: bits: expected one of {BASE_BITS}, got {bits!r}")
+        return config
+
+    def bits_of(self, layer: str) -> int:
+        return self.layer_bits.get(layer, self.bits)
+
+
+def read_quant_config(folder: str | Path) -> QuantConfig:
+    """The :class:`QuantConfig` of a model folder."""
+    path = Path(folder) / "config.json"
+    config = read_json(path)
+    if "quantization_config" not in config:
+        raise UserError(f"{path}: expected a model quantized by decdec_setup, got one without quantization_config")
+    return QuantConfig.from_dict(config["quantization_config"], str(path))
+
+
+@dataclass(frozen=True)
+class Cheatsheet:
+    """Residuals of all linear layers: ``residual[layer]`` uint8 rows, ``scale[layer]`` float16 ``(groups, d_out)`` or None."""
+
+    bits: int
+    nested: bool
+    residual: dict[str, Tensor]
+    scale: dict[str, Tensor | None]
+
+
+def save_cheatsheet(path: str | Path, sheet: Cheatsheet, quant: QuantConfig) -> None:
+    tensors = {f"{layer}.residual": tensor for layer, tensor in sheet.residual.items()}
+    tensors |= {f"{layer}.scale": tensor for layer, tensor in sheet.scale.items() if tensor is not None}
+    _save(path, "decdec.cheatsheet", tensors, {"bits": sheet.bits, "nested": sheet.nested,
+                                               "layout_version": RESIDUAL_LAYOUT_VERSION, "base_model": quant.base_model,
+                                               "weights_hash": quant.weights_hash})
+
+
+def load_cheatsheet(path: str | Path, quant: QuantConfig) -> Cheatsheet:
+    """Read ``cheatsheet.pt`` (memory-mapped) and refuse one made for other weights than ``quant`` describes."""
+    config, tensors = _load(path, "decdec.cheatsheet", quant)
+    if config.get("layout_version") != RESIDUAL_LAYOUT_VERSION:
+        raise UserError(f"{path}: expected layout_version {RESIDUAL_LAYOUT_VERSION}, got {config.get('layout_version')!r}")
+    if config.get("bits") not in RESIDUAL_BITS:
+        raise UserError(f"{path}: bits: expected one of {RESIDUAL_BITS}, got {config.get('bits')!r}")
+    residual = {name.removesuffix(".residual"): t for name, t in tensors.items() if name.endswith(".residual")}
+    scale = {layer: tensors.get(f"{layer}.scale") for layer in residual}
+    return Cheatsheet(config["bits"], bool(config.get("nested")), residual, scale)
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What calibration saw of each layer's input.
+
+    ``largest[layer]``: float32 ``(d_in,)``, descending; entry r is the maximum over all tokens of the r-th largest ``|x|``.
+    ``mean_square[layer]``: float32 ``(d_in,)``, mean of ``x**2`` of each channel: the static ranking of the paper's Figure 16.
+    """
+
+    calibration: dict
+    largest: dict[str, Tensor]
+    mean_square: dict[str, Tensor]
+
+    def boundaries(self, layer: str, k_chunk: int) -> tuple[float, float]:
+        """``(b_0, b_15)`` for this layer and ``k_chunk`` >= 1: largest ``|x|``, and largest k-th largest ``|x|`` (section 4.3)."""
+        seen = self.largest[layer]
+        k = sum(chunk_counts(len(seen), k_chunk))
+        return float(seen[0]), float(seen[k - 1])
+
+
+def save_thresholds(path: str | Path, thresholds: Thresholds, quant: QuantConfig) -> None:
+    tensors = {f"{layer}.largest": tensor for layer, tensor in thresholds.largest.items()}
+    tensors |= {f"{layer}.mean_square": tensor for layer, tensor in thresholds.mean_square.items()}
+    _save(path, "decdec.thresholds", tensors, {"calibration": thresholds.calibration, "base_model": quant.base_model,
+                                               "weights_hash": quant.weights_hash})
+
+
+def load_thresholds(path: str | Path, quant: QuantConfig) -> Thresholds:
+    config, tensors = _load(path, "decdec.thresholds", quant)
+    largest = {name.removesuffix(".largest"): t for name, t in tensors.items() if name.endswith(".largest")}
+    mean_square = {layer: tensors[f"{layer}.mean_square"] for layer in largest}
+    return Thresholds(config.get("calibration", {}), largest, mean_square)
+
+
+def _save(path: str | Path, kind: str, tensors: Mapping[str, Tensor], config: dict) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with atomic(path) as temporary:
+        torch.save({"format": kind, "version": 1, "config": config, "tensors": tensors}, temporary)
+
+
+def _load(path: str | Path, kind: str, quant: QuantConfig) -> tuple[dict, dict[str, Tensor]]:
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; decdec_setup writes it")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds for truncated, pickled or foreign files
+        raise UserError(f"{path}: expected a {kind} file, got one that cannot be read "
+                        f"({type(error).__name__}); make it again with decdec_setup") from None
+    if not isinstance(content, dict) or content.get("format") != kind or content.get("version") != 1:
+        raise UserError(f"{path}: expected format '{kind}' version 1, got another file")
+    config = content["config"]
+    if config.get("weights_hash") != quant.weights_hash:
+        raise UserError(f"{path}: made for weights {config.get('weights_hash')} of {config.get('base_model')}, "
+                        f"but the folder's are {quant.weights_hash} of {quant.base_model}")
+    return config, content["tensors"]

@@ -1,0 +1,27 @@
+"""Errors that a user can mend, and how every script ends on one."""
+
+import errno
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Bad input: one line that names the argument, what was expected and what came."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's ``main``; a user's mistake, a full disk or Ctrl-C ends in one line on stderr and a non-zero exit."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EACCES, errno.EROFS, errno.EISDIR, errno.ENOTDIR):
+            sys.exit(f"error: {error.filename or 'output'}: {error.strerror}")
+        raise

@@ -1,0 +1,66 @@
+"""Loading original models, and finding their decoder's linear layers from the module tree (no model names)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from decdec.errors import UserError
+
+KINDS = ("qkv", "o", "gu", "d")
+_KIND_OF = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv", "o_proj": "o", "dense": "o",
+            "gate_proj": "gu", "up_proj": "gu", "gate_up_proj": "gu", "fc1": "gu", "down_proj": "d", "fc2": "d"}
+
+
+def load_model(source: str, dtype: torch.dtype | str = "auto"):
+    """An original Hugging Face causal LM, in eval mode on the CPU, from a folder or a hub id."""
+    from transformers import AutoModelForCausalLM
+
+    check_source(source)
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+    except OSError as error:
+        raise UserError(f"model: {source!r} could not be loaded: {str(error).splitlines()[0]}") from None
+
+
+def load_tokenizer(source: str):
+    from transformers import AutoTokenizer
+
+    check_source(source)
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except OSError as error:
+        raise UserError(f"model: no tokenizer in {source!r}: {str(error).splitlines()[0]}") from None
+
+
+def check_source(source: str) -> None:
+    """A path that exists must be a model folder; anything else may be a hub id."""
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"model: {source}: expected a model folder with a config.json")
+    if path.is_file() or (not path.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1)):
+        raise UserError(f"model: expected a model folder or a hub id, got {source!r}")
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder blocks: the longest ModuleList whose members all hold linear layers."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+             and all(any(isinstance(part, nn.Linear) for part in block.modules()) for block in module)]
+    if not lists:
+        raise UserError(f"model: {type(model).__name__} has no list of decoder blocks with linear layers")
+    return max(lists, key=lambda item: len(item[1]))
+
+
+def decoder_linears(model: nn.Module) -> Mapping[str, nn.Linear]:
+    """Every linear layer of the decoder blocks by its full name, in order. Embeddings and the output head are not among them."""
+    prefix, blocks = decoder_blocks(model)
+    return {f"{prefix}.{name}": module for name, module in blocks.named_modules() if isinstance(module, nn.Linear)}
+
+
+def layer_kind(name: str) -> str:
+    """``qkv``, ``o``, ``gu`` or ``d`` for a linear layer's name."""
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf not in _KIND_OF:
+        raise UserError(f"layer {name}: expected a name ending in one of {', '.join(sorted(_KIND_OF))}")
+    return _KIND_OF[leaf]

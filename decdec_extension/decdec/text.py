@@ -1,0 +1,120 @@
+"""Text for calibration and evaluation: datasets by name, local files, or the English text that every Python ships."""
+
+import hashlib
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from decdec.errors import UserError
+
+BUILT_IN = "pydoc"
+NAMES = ("wikitext", "c4", BUILT_IN)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A list of documents with the name and the hash that every result records."""
+
+    name: str
+    documents: tuple[str, ...]
+
+    @property
+    def joined(self) -> str:
+        return "\n\n".join(self.documents)
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(self.joined.encode()).hexdigest()[:16]
+
+
+def load_text(source: str, part: str) -> Text:
+    """Text for ``part`` ``"calibration"`` or ``"evaluation"`` (disjoint for all named sources).
+
+    ``source``: ``wikitext`` (WikiText-2 raw; train / test), ``c4`` (first shard; train / validation), ``pydoc`` (the topics of
+    Python's own documentation), or a path: ``.jsonl`` (field ``text``), ``.raw`` (WikiText's raw format, rows joined as the
+    paper's harness joins the hub's rows), or any other text file as it is.
+    """
+    if part not in ("calibration", "evaluation"):
+        raise ValueError(f"part: expected 'calibration' or 'evaluation', got {part!r}")
+    if source == BUILT_IN:
+        return _pydoc(part)
+    if source in NAMES:
+        return _hub(source, part)
+    path = Path(source)
+    if not path.is_file():
+        raise UserError(f"text: expected one of {', '.join(NAMES)} or a file, got {source!r}")
+    return _file(path)
+
+
+def _pydoc(part: str) -> Text:
+    from pydoc_data.topics import topics
+
+    keys = sorted(topics)
+    chosen = [key for i, key in enumerate(keys) if (i % 4 == 3) == (part == "evaluation")]
+    return Text(f"pydoc-{platform.python_version()}-{part}", tuple(topics[key] for key in chosen))
+
+
+def _hub(source: str, part: str) -> Text:
+    import datasets
+
+    train = part == "calibration"
+    try:
+        if source == "wikitext":
+            rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="train" if train else "test")
+            name = f"wikitext2-{'train' if train else 'test'}"
+        else:
+            shard = "en/c4-train.00000-of-01024.json.gz" if train else "en/c4-validation.00000-of-00008.json.gz"
+            rows = datasets.load_dataset("allenai/c4", data_files=shard, split="train")
+            name = f"c4-{'train' if train else 'validation'}-0"
+    except Exception as error:  # the hub client raises many kinds; whichever, the user can only choose another text
+        raise UserError(f"text: {source} could not be loaded from the hub ({type(error).__name__}); "
+                        f"give a local file or '{BUILT_IN}', which needs no network") from error
+    return Text(name, tuple(rows["text"]))
+
+
+def _file(path: Path) -> Text:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"text: {path}: expected UTF-8 text") from None
+    if path.suffix == ".jsonl":
+        try:
+            documents = tuple(json.loads(line)["text"] for line in content.splitlines() if line.strip())
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise UserError(f"text: {path}: expected JSON lines with a field 'text'") from None
+    elif path.suffix == ".raw":
+        documents = tuple(line + "\n" if line.strip() else "" for line in content.split("\n")[:-1])
+    else:
+        documents = (content,)
+    if not any(document.strip() for document in documents):
+        raise UserError(f"text: {path}: expected text, got an empty file")
+    return Text(path.name, documents)
+
+
+def tokenize(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Token ids of the joined text, int64 ``(tokens,)``, without special tokens inside (a model's own BOS first, if it has one)."""
+    return tokenizer(text.joined, return_tensors="pt", verbose=False).input_ids[0]
+
+
+def windows(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, count: int | None = None) -> Tensor:
+    """The first ``count`` (default all) non-overlapping windows of ``length`` tokens, tail dropped: ``(windows, length)``."""
+    tokens = tokenize(text, tokenizer)
+    available = len(tokens) // length
+    if available < (count or 1):
+        raise UserError(f"text: {text.name} has {len(tokens)} tokens; {count or 1} windows of {length} need {(count or 1) * length}")
+    count = count or available
+    return tokens[: count * length].view(count, length)
+
+
+def calibration_samples(text: Text, tokenizer: PreTrainedTokenizerBase, samples: int, length: int, seed: int) -> Tensor:
+    """``samples`` windows of ``length`` tokens drawn without overlap by ``seed``: int64 ``(samples, length)``."""
+    every = windows(text, tokenizer, length)
+    if len(every) < samples:
+        raise UserError(f"text: {text.name} has {len(every)} windows of {length} tokens, {samples} samples were asked for")
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
+    return every[order[:samples]]
