@@ -64,3 +64,10 @@ def layer_kind(name: str) -> str:
     if leaf not in _KIND_OF:
         raise UserError(f"layer {name}: expected a name ending in one of {', '.join(sorted(_KIND_OF))}")
     return _KIND_OF[leaf]
+
+
+def context_length(source: str) -> int:
+    """Longest sequence the model at ``source`` was made for, in tokens."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(source).max_position_embeddings
