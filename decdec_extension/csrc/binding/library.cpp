@@ -1,0 +1,45 @@
+// The schemas of decdec's ops, in the argument order of decdec/ops.py, which documents them.
+
+#include <torch/csrc/stable/library.h>
+
+namespace {
+
+bool has_cuda() {
+#ifdef DECDEC_WITH_CUDA
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(decdec, m) {
+  m.def("has_cuda() -> bool");
+
+  m.def("codebook_dequantize(Tensor qweight, Tensor codebook, Tensor scale, int d_in, ScalarType dtype) -> Tensor");
+  m.def("uniform_dequantize(Tensor qweight, Tensor scales, Tensor zeros, int d_in, ScalarType dtype) -> Tensor");
+  m.def(
+      "residual_dequantize(Tensor residual, Tensor? residual_scale, int residual_bits, bool nested, int d_out, "
+      "ScalarType dtype) -> Tensor");
+
+  m.def("codebook_gemv(Tensor x, Tensor qweight, Tensor codebook, Tensor scale, Tensor? bias=None) -> Tensor");
+  m.def("uniform_gemv(Tensor x, Tensor qweight, Tensor scales, Tensor zeros, Tensor? bias=None) -> Tensor");
+
+  m.def(
+      "select_channels(Tensor x, int k_chunk, float? b_0=None, float? b_15=None, Tensor? center=None) -> Tensor");
+  m.def(
+      "residual_gemv(Tensor x, Tensor indices, Tensor residual, Tensor? residual_scale, int residual_bits, "
+      "bool nested, int d_out, Tensor? center=None) -> Tensor");
+
+  m.def(
+      "codebook_gemv_compensated(Tensor x, Tensor qweight, Tensor codebook, Tensor scale, Tensor? bias, "
+      "Tensor residual, Tensor? residual_scale, int residual_bits, bool nested, int k_chunk, float? b_0=None, "
+      "float? b_15=None, Tensor? center=None, int n_tb=8, Tensor(a!)? workspace=None) -> Tensor");
+  m.def(
+      "uniform_gemv_compensated(Tensor x, Tensor qweight, Tensor scales, Tensor zeros, Tensor? bias, "
+      "Tensor residual, Tensor? residual_scale, int residual_bits, bool nested, int k_chunk, float? b_0=None, "
+      "float? b_15=None, Tensor? center=None, int n_tb=8, Tensor(a!)? workspace=None) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(decdec, CompositeExplicitAutograd, m) { m.impl("has_cuda", TORCH_BOX(&has_cuda)); }
