@@ -95,8 +95,8 @@ def ninja_file(output: Path, objects: Path) -> str:
     common = f"-O3 -std=c++20 -DTORCH_TARGET_VERSION={TARGET_VERSION} {includes}"
     cpu_arch = os.environ.get("DECDEC_CPU_ARCH", "native")
     cxxflags = f"{common} -fPIC -fvisibility=hidden -Wall -Wextra"
-    # libtorch.so brings libtorch_cuda.so where there is one; symbols of it that a CPU torch lacks are never called, hence lazy.
-    ldflags = f"-L{escape(lib)} -Xlinker --no-as-needed -ltorch -ltorch_cpu -Xlinker -z -Xlinker lazy"
+    # libtorch.so brings libtorch_cuda.so where there is one, and with it the CUDA stream (binding/current_stream.h).
+    ldflags = f"-L{escape(lib)} -Xlinker --no-as-needed -ltorch -ltorch_cpu"
     sources = sorted((CSRC / "cpu").rglob("*.cpp")) + sorted((CSRC / "binding").rglob("*.cpp"))
     cuda = [s for folder in ("kernels", "launch") for s in sorted((CSRC / folder).rglob("*.cu"))]
     cuda += [s for s in sources if s.name.startswith("cuda_")]
