@@ -1,0 +1,90 @@
+import math
+
+import pytest
+import torch
+from conftest import refused, run
+
+from decdec import models, text
+from decdec.files import read_rows
+
+SHORT = ("--text", "pydoc", "--windows", 2, "--length", 64)
+
+
+def measure(out, model, *arguments):
+    return run("evaluation/perplexity.py", "--model", model, "--out", out, *SHORT, *arguments)
+
+
+def rows_of(out, model, *arguments):
+    result = measure(out, model, *arguments)
+    assert result.returncode == 0, result.stderr
+    return read_rows(out)
+
+
+def test_full_precision_is_exp_of_the_models_own_loss(original, tmp_path):
+    row, = rows_of(tmp_path / "rows.jsonl", original)
+    ids = text.windows(text.load_text("pydoc", "evaluation"), models.load_tokenizer(str(original)), 64, 2)
+    model = models.load_model(str(original), torch.float32)
+    losses = [float(model(window[None], labels=window[None]).loss) for window in ids]
+    assert row["perplexity"] == pytest.approx(math.exp(sum(losses) / 2), rel=1e-4)
+    assert (row["method"], row["bits"], row["k_chunk"], row["host_bytes"]) == ("original", 16, 0, 0)
+
+
+def test_everything_restored_is_full_precision(original, folder, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    full, = rows_of(out, original)
+    _, base, restored = rows_of(out, folder, "--cheatsheet", folder / "exact.pt", "--k-chunk", 0, 1024)
+    assert abs(base["perplexity"] - full["perplexity"]) > 1e-3
+    assert restored["perplexity"] == pytest.approx(full["perplexity"], rel=2e-4)
+    assert (restored["residual_bits"], restored["compensated"]) == (16, "every position")
+    assert restored["host_bytes"] > base["device_bytes"] > 0
+
+
+def test_a_setting_is_measured_once(folder, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    first = rows_of(out, folder, "--k-chunk", 0, 8)
+    again = rows_of(out, folder, "--k-chunk", 0, 8, 16)
+    assert [row["k_chunk"] for row in again] == [0, 8, 16]
+    assert again[:2] == first
+
+
+def test_selections_differ_and_say_so(folder, tmp_path):
+    rows = rows_of(tmp_path / "rows.jsonl", folder, "--k-chunk", 16, "--selection", "bucket", "exact", "static", "random")
+    assert [row["selection"] for row in rows] == ["bucket", "exact", "static", "random"]
+    assert len({row["perplexity"] for row in rows}) == 4
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--k-chunk", "-1"), "--k-chunk: expected 0..1024, got -1"),
+    (("--k-chunk", "1025"), "--k-chunk: expected 0..1024, got 1025"),
+    (("--text", "no-such-file.txt"), "got 'no-such-file.txt'"),
+    (("--windows", "100000"), "windows of 64 need"),
+    (("--windows", "0"), "--windows: expected a positive number, got 0"),
+    (("--cheatsheet", "no-such-file.pt", "--k-chunk", "8"), "no-such-file.pt: no such file"),
+])
+def test_bad_input_ends_in_one_line(folder, tmp_path, arguments, message):
+    out = tmp_path / "rows.jsonl"
+    assert message in refused(measure(out, folder, *arguments))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_original_model_cannot_be_compensated(original, tmp_path):
+    assert "is not a DecDEC folder" in refused(measure(tmp_path / "rows.jsonl", original, "--k-chunk", 8))
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    assert "expected a model folder" in refused(measure(tmp_path / "rows.jsonl", tmp_path))
+
+
+def test_artifacts_of_other_weights_are_refused(original, folder, tmp_path):
+    other = tmp_path / "other"
+    result = run("decdec_setup/quantize.py", "--model", original, "--method", "rtn", "--bits", 2, "--out", other,
+                 "--text", "pydoc", "--samples", 4, "--length", 64)
+    assert result.returncode == 0, result.stderr
+    message = refused(measure(tmp_path / "rows.jsonl", other, "--k-chunk", 8, "--cheatsheet", folder / "cheatsheet.pt"))
+    assert "made for weights" in message
+
+
+def test_a_truncated_cheatsheet_is_refused(folder, tmp_path):
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes((folder / "cheatsheet.pt").read_bytes()[:5000])
+    assert "cannot be read" in refused(measure(tmp_path / "rows.jsonl", folder, "--k-chunk", 8, "--cheatsheet", cut))

@@ -1,0 +1,35 @@
+"""The main job as a stranger runs it, on the tiny model."""
+
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+
+from decdec.files import read_rows
+
+
+def quickstart(models):
+    environment = os.environ | {"VENV": sys.prefix, "MODELS": str(models)}
+    return subprocess.run([ROOT / "quickstart.sh", "--tiny"], capture_output=True, text=True, env=environment)
+
+
+def test_tiny_quick_start_from_nothing_and_again(tmp_path):
+    result = quickstart(tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = read_rows(tmp_path / "tiny-quickstart.jsonl")
+    settings = {(row["method"], row["k_chunk"]) for row in rows}
+    assert settings == {(m, k) for m in ("squeezellm", "awq") for k in (0, 8, 16, 32, 64, 128)} | {("original", 0)}
+    for name in ("tiny-squeezellm-w3/cheatsheet.pt", "tiny-awq-w3/thresholds.pt", "tiny-quickstart.pdf", "tiny-quickstart.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert "k_chunk" in result.stdout and "-- SqueezeLLM, 3 bits, k_chunk 32" in result.stdout
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".pt", ".jsonl")}
+    result = quickstart(tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_unknown_option_is_refused():
+    result = subprocess.run([ROOT / "quickstart.sh", "--fast"], capture_output=True, text=True)
+    assert result.returncode == 2 and "unknown option --fast" in result.stderr
