@@ -1,29 +1,13 @@
 """A tiny original model and a 3-bit folder made from it by decdec_setup, shared by the tests of this room."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from decdec.testing import run_script
 from decdec.tiny import make_model
 
 ROOT = Path(__file__).parents[2]
-
-
-def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
-    """Run one of the repository's scripts as a user would."""
-    command = [sys.executable] if script.endswith(".py") else ["bash"]
-    return subprocess.run([*command, ROOT / script, *map(str, arguments)], capture_output=True, text=True)
-
-
-def refused(result: subprocess.CompletedProcess) -> str:
-    """The one line of an error; a stack trace or a zero exit fails the test."""
-    assert result.returncode != 0, result.stdout
-    assert "Traceback" not in result.stderr, result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, result.stderr
-    return lines[0]
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +23,6 @@ def folder(original) -> Path:
     for script, *arguments in (("quantize.py", "--model", original, "--method", "rtn", "--bits", 3, "--out", out, *text),
                                ("cheatsheet.py", out), ("cheatsheet.py", out, "--bits", 16, "--out", out / "exact.pt"),
                                ("thresholds.py", out, *text)):
-        result = run(f"decdec_setup/{script}", *arguments)
+        result = run_script(ROOT / "decdec_setup" / script, *arguments)
         assert result.returncode == 0, result.stderr
     return out

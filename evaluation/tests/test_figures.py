@@ -1,7 +1,11 @@
+from pathlib import Path
+
 import pytest
-from conftest import ROOT, refused, run
 
 from decdec.files import append_row
+from decdec.testing import refused, run_script
+
+EVALUATION = Path(__file__).parents[1]
 
 
 def row(method, k_chunk, perplexity, bits=3):
@@ -19,14 +23,14 @@ def rows(tmp_path):
 
 
 def test_table_has_every_row_in_order(rows):
-    lines = run("evaluation/table.py", rows).stdout.splitlines()
+    lines = run_script(EVALUATION / "table.py", rows).stdout.splitlines()
     assert lines[0] == "m on t, 1 windows of 8 tokens"
     assert [line.split()[:5] for line in lines[3:]] == [["awq", "3", "none", "0", "30.50"], ["awq", "3", "bucket", "8", "25.25"],
                                                        ["original", "16", "none", "0", "20.00"]]
 
 
 def test_figure_13_is_written_as_pdf_and_png(rows, tmp_path):
-    result = run("evaluation/figures/fig13_perplexity.py", rows, "--out", tmp_path / "figure.pdf")
+    result = run_script(EVALUATION / "figures/fig13_perplexity.py", rows, "--out", tmp_path / "figure.pdf")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -35,16 +39,16 @@ def test_figure_13_is_written_as_pdf_and_png(rows, tmp_path):
 @pytest.mark.parametrize("script", ["table.py", "figures/fig13_perplexity.py"])
 def test_no_rows_is_one_line_and_no_file(tmp_path, script):
     out = ("--out", tmp_path / "figure.pdf") if "fig" in script else ()
-    assert "rows" in refused(run(f"evaluation/{script}", tmp_path / "none.jsonl", *out))
+    assert "rows" in refused(run_script(EVALUATION / script, tmp_path / "none.jsonl", *out))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_broken_row_is_named(rows):
     with open(rows, "a") as file:
         file.write('{"cut": \n')
-    assert "line 4" in refused(run("evaluation/table.py", rows))
+    assert "line 4" in refused(run_script(EVALUATION / "table.py", rows))
 
 
 def test_every_figure_script_explains_itself():
-    for script in sorted((ROOT / "evaluation/figures").glob("fig*.py")):
-        assert "usage" in run(str(script.relative_to(ROOT)), "--help").stdout
+    for script in sorted((EVALUATION / "figures").glob("fig*.py")):
+        assert "usage" in run_script(script, "--help").stdout

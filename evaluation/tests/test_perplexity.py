@@ -1,17 +1,19 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import refused, run
 
 from decdec import models, text
 from decdec.files import read_rows
+from decdec.testing import refused, run_script
 
+ROOT = Path(__file__).parents[2]
 SHORT = ("--text", "pydoc", "--windows", 2, "--length", 64)
 
 
 def measure(out, model, *arguments):
-    return run("evaluation/perplexity.py", "--model", model, "--out", out, *SHORT, *arguments)
+    return run_script(ROOT / "evaluation/perplexity.py", "--model", model, "--out", out, *SHORT, *arguments)
 
 
 def rows_of(out, model, *arguments):
@@ -77,7 +79,7 @@ def test_a_folder_that_is_no_model(tmp_path):
 
 def test_artifacts_of_other_weights_are_refused(original, folder, tmp_path):
     other = tmp_path / "other"
-    result = run("decdec_setup/quantize.py", "--model", original, "--method", "rtn", "--bits", 2, "--out", other,
+    result = run_script(ROOT / "decdec_setup/quantize.py", "--model", original, "--method", "rtn", "--bits", 2, "--out", other,
                  "--text", "pydoc", "--samples", 4, "--length", 64)
     assert result.returncode == 0, result.stderr
     message = refused(measure(tmp_path / "rows.jsonl", other, "--k-chunk", 8, "--cheatsheet", folder / "cheatsheet.pt"))

@@ -3,10 +3,11 @@
 import os
 import subprocess
 import sys
-
-from conftest import ROOT
+from pathlib import Path
 
 from decdec.files import read_rows
+
+ROOT = Path(__file__).parents[2]
 
 
 def quickstart(models):
