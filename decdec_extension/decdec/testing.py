@@ -1,8 +1,11 @@
-"""What the tests of several rooms share: running a script as a user does, and reading its refusal."""
+"""What the tests of several rooms share: running a script as a user does, reading its refusal, and quick model folders."""
 
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 
 def run_script(path: str | Path, *arguments: object, **options) -> subprocess.CompletedProcess:
@@ -18,3 +21,70 @@ def refused(result: subprocess.CompletedProcess) -> str:
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, result.stderr
     return lines[0]
+
+
+def quick_folder(model, folder: str | Path, form: str = "codebook", bits: int = 3, residual_bits: int = 4,
+                 nested: bool = False, group_size: int = 32) -> Path:
+    """Write ``model`` (a Hugging Face causal LM) as a DecDEC folder, rounded to nearest, with residuals and made-up thresholds."""
+    from safetensors.torch import save_file
+
+    from decdec import artifacts, files, models
+
+    folder = Path(folder)
+    linears = models.decoder_linears(model)
+    # Cloned, because safetensors stores no tensor twice: a tied head is left out.
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in tied}
+    residual, scale, largest, mean_square = {}, {}, {}, {}
+    for name, linear in linears.items():
+        weight = tensors.pop(f"{name}.weight").float()
+        packed, rounded = _round(weight, form, bits, group_size)
+        tensors |= {f"{name}.{key}": tensor for key, tensor in packed.items()}
+        residual[name], scale[name] = _residual(weight - rounded, residual_bits, packed["scales"] if nested else None)
+        largest[name] = torch.linspace(4, 0.01, linear.in_features)
+        mean_square[name] = torch.rand(linear.in_features, generator=torch.Generator().manual_seed(len(mean_square)))
+    weights_hash = files.tensors_hash(sorted(tensors.items()))
+    quant = artifacts.QuantConfig("rtn", form, bits, group_size if form == "uniform" else None, "quick", weights_hash)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    files.write_json(folder / "config.json", model.config.to_dict() | {"quantization_config": quant.to_dict()})
+    artifacts.save_cheatsheet(folder / artifacts.CHEATSHEET, artifacts.Cheatsheet(residual_bits, nested, residual, scale), quant)
+    artifacts.save_thresholds(folder / artifacts.THRESHOLDS, artifacts.Thresholds({}, largest, mean_square), quant)
+    return folder
+
+
+def _round(weight: Tensor, form: str, bits: int, group_size: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Packed tensors and the float weights they stand for."""
+    from decdec import packing, reference
+
+    d_out, d_in = weight.shape
+    groups = weight.view(d_out, -1, d_in if form == "codebook" else group_size)
+    low = groups.amin(dim=2, keepdim=True)
+    step = ((groups.amax(dim=2, keepdim=True) - low) / (2**bits - 1)).clamp(min=1e-6).half().float()
+    zero = (-low / step).round()
+    codes = (groups / step + zero).round().clamp(0, 2**bits - 1).view(d_out, d_in).to(torch.uint8)
+    qweight = packing.pack_codes(codes, bits)
+    if form == "codebook":
+        codebook, scale = packing.pack_codebook((torch.arange(2**bits) - zero[:, :, 0]) * step[:, :, 0])
+        return ({"qweight": qweight, "codebook": codebook, "scale": scale},
+                reference.codebook_dequantize(qweight, codebook, scale, d_in, torch.float32))
+    scales, zeros = (part[:, :, 0].t().contiguous().half() for part in (step, zero))
+    return ({"qweight": qweight, "scales": scales, "zeros": zeros},
+            reference.uniform_dequantize(qweight, scales, zeros, d_in, torch.float32))
+
+
+def _residual(residual: Tensor, bits: int, base_scales: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Packed rows and scale of a residual ``(d_out, d_in)``; nested in the base grid if its scales are given."""
+    from decdec import packing
+
+    rows = residual.t()
+    if bits == 16:
+        return packing.pack_residual(rows, 16), None
+    if base_scales is not None:
+        step = base_scales.float().repeat_interleave(len(rows) // len(base_scales), dim=0) / 2**bits
+        codes = (rows / step).floor().clamp(-(2**(bits - 1)), 2**(bits - 1) - 1)
+        return packing.pack_residual(codes.to(torch.int8), bits), base_scales
+    top = max(2**(bits - 1) - 1, 1)
+    scale = (rows.abs().amax(dim=0, keepdim=True) / top).half()
+    codes = (rows / scale.float().clamp(min=1e-8)).round().clamp(-top, top)
+    return packing.pack_residual(codes.to(torch.int8), bits), scale

@@ -1,0 +1,220 @@
+"""DecDEC in any Hugging Face causal LM: attach a model folder, set what is compensated, ask what it costs in memory."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from decdec import artifacts, packing
+from decdec.artifacts import QuantConfig
+from decdec.errors import UserError
+from decdec.files import read_json
+from decdec.linear import Compensation, CompensatedLinear, concatenate_residuals
+from decdec.models import KINDS, decoder_linears
+
+PACKED = {"codebook": ("qweight", "codebook", "scale"), "uniform": ("qweight", "scales", "zeros")}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an attached model's base weights and residuals come from; the model's attribute ``decdec``."""
+
+    folder: Path
+    quant: QuantConfig
+    cheatsheet: Path
+
+
+def load(folder: str | Path, dtype: torch.dtype = torch.float32, compensation: Compensation | Mapping = Compensation(),
+         cheatsheet: str | Path | None = None) -> nn.Module:
+    """The Hugging Face causal LM of a DecDEC folder, on the CPU, in eval mode; ``dtype`` is that of what is not quantized."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    artifacts.read_quant_config(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: config.json: {str(error).splitlines()[0]}") from None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return attach(model, folder, compensation, cheatsheet).eval()
+
+
+def attach(model: nn.Module, folder: str | Path, compensation: Compensation | Mapping = Compensation(),
+           cheatsheet: str | Path | None = None) -> nn.Module:
+    """Replace the decoder's linear layers of ``model`` by compensated ones from a DecDEC folder, in place; returns ``model``.
+
+    ``model`` is a Hugging Face causal LM of the same architecture, with weights or on the meta device. Every other tensor of
+    the folder is loaded as well, since AWQ folds its scales into the norms. ``cheatsheet`` names another residual file than the
+    folder's. Residuals are memory-mapped, and read only if something is to be compensated. Raises UserError if the folder is
+    no DecDEC folder or belongs to another model.
+    """
+    folder = Path(folder)
+    quant = artifacts.read_quant_config(folder)
+    model.decdec = Source(folder, quant, Path(cheatsheet or folder / artifacts.CHEATSHEET))
+    with ExitStack() as stack:
+        tensors = _Tensors(folder, stack)
+        replaced = 0
+        for name, linear in decoder_linears(model).items():
+            if f"{name}.qweight" in tensors:
+                _replace(model, name, _packed_layer(name, linear, tensors, quant))
+                replaced += 1
+            elif f"{name}.weight" not in tensors:
+                raise UserError(f"{folder}: has no weights of layer {name}: a folder of another model")
+        if not replaced:
+            raise UserError(f"{folder}: holds no quantized layer of this model")
+        _load_rest(model, tensors)
+    set_compensation(model, compensation)
+    return model
+
+
+def set_compensation(model: nn.Module, compensation: Compensation | Mapping[str, Compensation]) -> None:
+    """Give every compensated layer of ``model`` new settings: the same for all, or by kind (``qkv``, ``o``, ``gu``, ``d``).
+
+    Kinds that a mapping leaves out are not compensated. Residuals and thresholds are loaded on first need.
+    """
+    layers = compensated_layers(model)
+    if isinstance(compensation, Mapping):
+        if unknown := set(compensation) - set(KINDS):
+            raise UserError(f"compensation: expected kinds among {', '.join(KINDS)}, got {', '.join(sorted(unknown))}")
+        settings = {name: compensation.get(layer.kind, Compensation()) for name, layer in layers.items()}
+    else:
+        settings = dict.fromkeys(layers, compensation)
+        if compensation.k_chunk and not layers:
+            raise UserError("k_chunk: this model has no compensated layers; attach a DecDEC folder first")
+    wanted = {layer: setting for layer, setting in ((layers[name], settings[name]) for name in layers) if setting.k_chunk}
+    if any(layer.residual is None for layer in wanted):
+        _give_residuals([layer for layer in wanted if layer.residual is None], model.decdec)
+    calibrated = [layer for layer, setting in wanted.items()
+                  if setting.selection in ("bucket", "static") and layer.thresholds is None]
+    if calibrated:
+        _give_thresholds(calibrated, model.decdec)
+    for name, layer in layers.items():
+        layer.compensate(settings[name])
+
+
+def compensated_layers(model: nn.Module) -> dict[str, CompensatedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, CompensatedLinear)}
+
+
+def memory(model: nn.Module) -> dict[str, int]:
+    """Bytes of ``model``: ``device_bytes`` of weights and buffers, ``host_bytes`` of the residual rows that are in use."""
+    on_device = {(t.data_ptr(), t.nbytes) for t in (*model.parameters(), *model.buffers())}
+    residuals = [layer.residual for layer in compensated_layers(model).values() if layer.compensation.k_chunk]
+    return {"device_bytes": sum(size for _, size in on_device), "host_bytes": sum(rows.nbytes for rows in residuals)}
+
+
+class _Tensors:
+    """The tensors of a folder's safetensors files by name, read one by one."""
+
+    def __init__(self, folder: Path, stack: ExitStack):
+        self.folder = folder
+        index = folder / "model.safetensors.index.json"
+        names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        self.file_of = {}
+        for name in names:
+            try:
+                file = stack.enter_context(safe_open(folder / name, framework="pt"))
+            except FileNotFoundError:
+                raise UserError(f"{folder / name}: no such file; decdec_setup/quantize.py writes it") from None
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{folder / name}: expected a safetensors file, got one that cannot be read ({error})") from None
+            self.file_of |= dict.fromkeys(file.keys(), file)
+        self.unread = set(self.file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.file_of
+
+    def take(self, name: str, shape: tuple[int, ...] | torch.Size) -> Tensor:
+        if name not in self.file_of:
+            raise UserError(f"{self.folder}: has no tensor {name}: an incomplete folder, or one of another model")
+        tensor = self.file_of[name].get_tensor(name)
+        if tensor.shape != tuple(shape):
+            raise UserError(f"{self.folder}: {name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}: "
+                            "a folder of another model")
+        self.unread.discard(name)
+        return tensor
+
+
+def _packed_layer(name: str, linear: nn.Linear, tensors: _Tensors, quant: QuantConfig) -> CompensatedLinear:
+    """The compensated layer in place of ``linear``, on its device (the CPU if it is on meta)."""
+    d_out, d_in, bits = linear.out_features, linear.in_features, quant.bits_of(name)
+    if quant.format == "codebook":
+        shapes = {"codebook": (d_out, 2**bits), "scale": (d_out,)}
+    else:
+        group_size = quant.group_size or d_in
+        if d_in % group_size:
+            raise UserError(f"{tensors.folder}: group_size {group_size} does not divide the {d_in} inputs of layer {name}")
+        shapes = dict.fromkeys(("scales", "zeros"), (d_in // group_size, d_out))
+    shapes = {"qweight": packing.packed_shape(d_out, d_in, bits)} | shapes
+    device = "cpu" if linear.weight.is_meta else linear.weight.device
+    packed = {key: tensors.take(f"{name}.{key}", shapes[key]).to(device) for key in PACKED[quant.format]}
+    bias = None
+    if linear.bias is not None:
+        bias = tensors.take(f"{name}.bias", (d_out,)).to(device, linear.weight.dtype)
+    return CompensatedLinear(name, d_in, packed, bias)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _load_rest(model: nn.Module, tensors: _Tensors) -> None:
+    """Load what is not quantized, tie what the config ties, and compute the buffers that no file holds."""
+    model.tie_weights()
+    packed = {f"{prefix}.{key}" for prefix, layer in compensated_layers(model).items() for key in layer.state_dict()}
+    stored = model.state_dict(keep_vars=True)
+    present = {id(tensor) for name, tensor in stored.items() if name in tensors}
+    for name, tensor in stored.items():
+        if name in packed or (name not in tensors and id(tensor) in present):  # the latter is tied to one that is there
+            continue
+        value = tensors.take(name, tensor.shape)
+        if tensor.is_meta:
+            parent, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(parent)
+            value = value.to(tensor.dtype)
+            setattr(owner, leaf, nn.Parameter(value, requires_grad=False) if leaf in owner._parameters else value)
+        else:
+            with torch.no_grad():
+                tensor.copy_(value)
+    model.tie_weights()
+    if tensors.unread:
+        raise UserError(f"{tensors.folder}: tensor {min(tensors.unread)} fits nothing in this model: a folder of another model")
+    for module in model.modules():
+        computed = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in computed:
+            setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
+        if computed:  # rotary frequencies: transformers fills them in the hook that initialises weights
+            model._init_weights(module)
+
+
+def _give_residuals(layers: list[CompensatedLinear], source: Source) -> None:
+    sheet = artifacts.load_cheatsheet(source.cheatsheet, source.quant)
+    for layer in layers:
+        names, widths = zip(*layer.parts)
+        if missing := [name for name in names if name not in sheet.residual]:
+            raise UserError(f"{source.cheatsheet}: has no residual of layer {missing[0]}")
+        for name, width in layer.parts:
+            row_bytes = packing.residual_row_bytes(width, sheet.bits)
+            if sheet.residual[name].shape != (layer.in_features, row_bytes):
+                raise UserError(f"{source.cheatsheet}: {name}: expected residual rows {(layer.in_features, row_bytes)}, "
+                                f"got {tuple(sheet.residual[name].shape)}")
+        residuals, scales = [sheet.residual[name] for name in names], [sheet.scale[name] for name in names]
+        if sheet.bits != 16 and any(scale is None for scale in scales):
+            raise UserError(f"{source.cheatsheet}: has no residual scale of layer {layer.name}")
+        rows = residuals[0] if len(names) == 1 else concatenate_residuals(residuals, widths, sheet.bits)
+        layer.set_residual(rows, None if sheet.bits == 16 else torch.cat(scales, dim=1), sheet.bits, sheet.nested)
+
+
+def _give_thresholds(layers: list[CompensatedLinear], source: Source) -> None:
+    path = source.folder / artifacts.THRESHOLDS
+    thresholds = artifacts.load_thresholds(path, source.quant)
+    for layer in layers:
+        name = layer.parts[0][0]
+        if name not in thresholds.largest:
+            raise UserError(f"{path}: has no thresholds of layer {name}")
+        layer.set_thresholds(thresholds.largest[name], thresholds.mean_square[name])

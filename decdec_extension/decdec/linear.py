@@ -1,0 +1,228 @@
+"""The compensated linear layer: packed base weights on the device, residual rows in CPU memory, ``o = (W_q + R ⊙ M(x)) x``."""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from decdec import ops, packing
+from decdec.artifacts import Thresholds
+from decdec.errors import UserError
+from decdec.models import layer_kind
+from decdec.reference import CHUNK, chunk_counts
+
+SELECTIONS = ("bucket", "exact", "static", "random")
+# Up to this many rows the GEMV ops read the packed weights once for all of them; beyond it dequantizing pays.
+FEW_ROWS = 8
+# Rows compensated at once in prefill and evaluation: bounds the masked copy of x to this many rows.
+ROWS_AT_ONCE = 512
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """What a layer compensates. The defaults compensate nothing.
+
+    ``k_chunk``: channels in every 1024-wide chunk, 0..1024. ``selection``: ``bucket`` (the paper's), ``exact``, ``static``
+    (largest mean square in calibration, over the whole vector) or ``random`` (without replacement in each chunk, from
+    ``seed``): the four of the paper's Figure 16. ``prefill``: also compensate inputs of several positions, each position on
+    its own channels. ``n_tb``: thread blocks that fetch on a GPU.
+    """
+
+    k_chunk: int = 0
+    selection: str = "bucket"
+    prefill: bool = False
+    n_tb: int = 8
+    seed: int = 0
+
+    def __post_init__(self):
+        if not isinstance(self.k_chunk, int) or not 0 <= self.k_chunk <= CHUNK:
+            raise UserError(f"k_chunk: expected an integer in 0..{CHUNK}, got {self.k_chunk!r}")
+        if self.selection not in SELECTIONS:
+            raise UserError(f"selection: expected one of {', '.join(SELECTIONS)}, got {self.selection!r}")
+        if not isinstance(self.n_tb, int) or self.n_tb < 1:
+            raise UserError(f"n_tb: expected a positive integer, got {self.n_tb!r}")
+
+
+class CompensatedLinear(nn.Module):
+    """A linear layer of packed weights that can add back the residual of its salient input channels.
+
+    ``packed`` holds ``qweight``, ``codebook``, ``scale`` or ``qweight``, ``scales``, ``zeros`` (layouts: :mod:`decdec.packing`,
+    :mod:`decdec.ops`); they become buffers that follow ``.to(device)`` but keep their dtypes. ``bias`` is ``(out_features,)``.
+    ``parts`` are the names and widths of the layers fused into this one. The residual rows are a plain attribute: no
+    ``state_dict`` holds them and no ``.to()`` moves them.
+
+    An input ``(..., positions, in_features)`` with one position is a decode step and is compensated; one with more is prefill
+    and is compensated only if ``compensation.prefill``. The output has the input's dtype.
+    """
+
+    def __init__(self, name: str, in_features: int, packed: Mapping[str, Tensor], bias: Tensor | None = None,
+                 parts: Sequence[tuple[str, int]] | None = None):
+        super().__init__()
+        self.name, self.kind, self.in_features = name, layer_kind(name), in_features
+        self.format = "codebook" if "codebook" in packed else "uniform"
+        names = ("qweight", "codebook", "scale") if self.format == "codebook" else ("qweight", "scales", "zeros")
+        for key in names:
+            self.register_buffer(key, packed[key])
+        self.register_buffer("bias", bias)
+        self.register_buffer("residual_scale", None, persistent=False)
+        self.register_buffer("static_channels", None, persistent=False)
+        self._exact_dtypes = (*names, "residual_scale", "static_channels")
+        self.out_features = packed["codebook"].shape[0] if self.format == "codebook" else packed["scales"].shape[1]
+        self.bits = self.qweight.shape[2]
+        self.parts = tuple(parts or [(name, self.out_features)])
+        self.residual: Tensor | None = None
+        self.residual_bits, self.nested = 0, False
+        self.thresholds: Thresholds | None = None
+        self.compensate(Compensation())
+
+    def extra_repr(self) -> str:
+        return (f"{self.in_features}, {self.out_features}, {self.bits} bits {self.format}, bias={self.bias is not None}, "
+                f"residual_bits={self.residual_bits}, {self.compensation}")
+
+    def _apply(self, fn, recurse=True):
+        before = {key: getattr(self, key) for key in self._exact_dtypes if getattr(self, key) is not None}
+        super()._apply(fn, recurse)
+        for key, tensor in before.items():
+            moved = getattr(self, key)
+            if moved.dtype != tensor.dtype:  # .half() and the like: the packed form means what it says only in its own dtype
+                setattr(self, key, tensor.to(moved.device))
+        return self
+
+    def set_residual(self, residual: Tensor, scale: Tensor | None, bits: int, nested: bool) -> None:
+        """Give the layer its residual: uint8 rows ``(in_features, row_bytes)``, float16 ``scale`` ``(groups, out_features)``."""
+        expected = (self.in_features, packing.residual_row_bytes(self.out_features, bits))
+        if residual.shape != expected or (scale is not None and scale.shape[1] != self.out_features):
+            raise UserError(f"layer {self.name}: residual: expected shape {expected}, got {tuple(residual.shape)}: "
+                            "a cheatsheet of another model")
+        self.residual, self.residual_bits, self.nested = residual, bits, nested
+        self.residual_scale = None if scale is None else scale.to(self.qweight.device)
+
+    def set_thresholds(self, largest: Tensor, mean_square: Tensor) -> None:
+        """Give the layer what calibration saw of its input, float32 ``(in_features,)`` each (:class:`~decdec.artifacts.Thresholds`)."""
+        if largest.shape != (self.in_features,) or mean_square.shape != (self.in_features,):
+            raise UserError(f"layer {self.name}: thresholds: expected {self.in_features} channels, got {tuple(largest.shape)}: "
+                            "thresholds of another model")
+        self.thresholds = Thresholds({}, {self.name: largest}, {self.name: mean_square})
+
+    def compensate(self, compensation: Compensation) -> None:
+        """Take new settings; those with ``k_chunk`` above 0 need the residual, ``bucket`` and ``static`` the thresholds too."""
+        self.b_0 = self.b_15 = self.static_channels = self.generator = None
+        k_chunk, selection = compensation.k_chunk, compensation.selection
+        if k_chunk:
+            if self.residual is None:
+                raise UserError(f"layer {self.name}: k_chunk {k_chunk} needs residuals (cheatsheet.pt), none are loaded")
+            if selection in ("bucket", "static") and self.thresholds is None:
+                raise UserError(f"layer {self.name}: {selection} selection needs thresholds.pt, none are loaded")
+            if selection == "bucket":
+                self.b_0, self.b_15 = self.thresholds.boundaries(self.name, k_chunk)
+            elif selection == "static":
+                order = torch.sort(self.thresholds.mean_square[self.name], descending=True, stable=True).indices
+                best = order[:sum(chunk_counts(self.in_features, k_chunk))].sort().values
+                self.static_channels = best.to(torch.int32).to(self.qweight.device)
+            elif selection == "random":
+                # Layers draw apart from each other, and alike in every run.
+                self.generator = torch.Generator().manual_seed(compensation.seed + zlib.crc32(self.name.encode()))
+        self.compensation = compensation
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(x.numel() // self.in_features, self.in_features)
+        decoding = x.dim() < 2 or x.shape[-2] == 1
+        compensated = self.compensation.k_chunk > 0 and (decoding or self.compensation.prefill)
+        path = self._by_gemv if 0 < rows.shape[0] <= FEW_ROWS else self._by_matmul
+        return path(rows, compensated).reshape(*x.shape[:-1], self.out_features)
+
+    def _by_gemv(self, rows: Tensor, compensated: bool) -> Tensor:
+        if not compensated:
+            gemv = ops.codebook_gemv if self.format == "codebook" else ops.uniform_gemv
+            return gemv(rows, *self._base(), self.bias)
+        if self.compensation.selection in ("bucket", "exact"):
+            gemv = ops.codebook_gemv_compensated if self.format == "codebook" else ops.uniform_gemv_compensated
+            return gemv(rows, *self._base(), self.bias, self.residual, self.residual_scale, self.residual_bits, self.nested,
+                        self.compensation.k_chunk, self.b_0, self.b_15, n_tb=self.compensation.n_tb)
+        return self._by_gemv(rows, False) + ops.residual_gemv(rows, self._channels(rows), self.residual, self.residual_scale,
+                                                              self.residual_bits, self.nested, self.out_features)
+
+    def _by_matmul(self, rows: Tensor, compensated: bool) -> Tensor:
+        out = F.linear(rows, self.dequantize(rows.dtype), self.bias)
+        if compensated:
+            residual = ops.residual_dequantize(self.residual, self.residual_scale, self.residual_bits, self.nested,
+                                               self.out_features, rows.dtype)
+            for part, part_out in zip(rows.split(ROWS_AT_ONCE), out.split(ROWS_AT_ONCE)):
+                part_out += self._salient(part) @ residual
+        return out
+
+    def _base(self) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(getattr(self, key) for key in self._exact_dtypes[:3])
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The base weights ``W_q`` as ``(out_features, in_features)`` in ``dtype``."""
+        dequantize = ops.codebook_dequantize if self.format == "codebook" else ops.uniform_dequantize
+        return dequantize(*self._base(), self.in_features, dtype)
+
+    def _channels(self, rows: Tensor) -> Tensor:
+        """Channels to compensate, int32 ``(rows, k)``, -1 where a chunk has too few finite values."""
+        setting = self.compensation
+        if setting.selection == "static":
+            return self.static_channels.expand(len(rows), -1).contiguous()
+        if setting.selection == "random":
+            chosen = []
+            for chunk, count in enumerate(chunk_counts(self.in_features, setting.k_chunk)):
+                width = min(CHUNK, self.in_features - chunk * CHUNK)
+                drawn = torch.rand((len(rows), width), generator=self.generator).topk(count, dim=1).indices
+                chosen.append(drawn.sort(dim=1).values + chunk * CHUNK)
+            return torch.cat(chosen, dim=1).to(torch.int32).to(rows.device)
+        at_once = FEW_ROWS if rows.is_cuda else len(rows)
+        return torch.cat([ops.select_channels(part, setting.k_chunk, self.b_0, self.b_15) for part in rows.split(at_once)])
+
+    def _salient(self, rows: Tensor) -> Tensor:
+        """``rows`` with every channel but the selected ones set to 0."""
+        channels = self._channels(rows)
+        spill = torch.where(channels < 0, self.in_features, channels).long()  # -1 goes to a column that is dropped
+        kept = torch.zeros((len(rows), self.in_features + 1), dtype=torch.bool, device=rows.device).scatter_(1, spill, True)
+        return torch.where(kept[:, :-1], rows, 0)
+
+
+def concatenate_residuals(residuals: Sequence[Tensor], widths: Sequence[int], bits: int) -> Tensor:
+    """Residual rows of layers that share their input, side by side: the rows of the layer with all their outputs."""
+    if all(width * bits % (8 * packing.ROW_ALIGN) == 0 for width in widths[:-1]):
+        return torch.cat(list(residuals), dim=1)
+    codes = [packing.unpack_residual(residual, bits, width) for residual, width in zip(residuals, widths)]
+    return packing.pack_residual(torch.cat(codes, dim=1), bits)
+
+
+def fuse(layers: Sequence[CompensatedLinear], name: str) -> CompensatedLinear:
+    """One layer with the outputs of ``layers``, which share their input (q/k/v, gate/up), in their order and with their setting."""
+    first = layers[0]
+    for what in ("in_features", "format", "bits", "residual_bits", "nested", "compensation"):
+        values = [getattr(layer, what) for layer in layers]
+        if any(value != values[0] for value in values):
+            raise UserError(f"{name}: cannot fuse layers whose {what} differ: {values}")
+    widths = [layer.out_features for layer in layers]
+    if all(width % packing.TILE_ROWS == 0 for width in widths[:-1]):
+        packed = {"qweight": torch.cat([layer.qweight for layer in layers])}
+    else:
+        codes = [packing.unpack_codes(layer.qweight, layer.out_features, layer.in_features) for layer in layers]
+        packed = {"qweight": packing.pack_codes(torch.cat(codes), first.bits)}
+    if first.format == "codebook":
+        packed |= {key: torch.cat([getattr(layer, key) for layer in layers]) for key in ("codebook", "scale")}
+    else:
+        if len({layer.scales.shape[0] for layer in layers}) > 1:
+            raise UserError(f"{name}: cannot fuse layers of different group sizes")
+        packed |= {key: torch.cat([getattr(layer, key) for layer in layers], dim=1) for key in ("scales", "zeros")}
+    bias = None
+    if any(layer.bias is not None for layer in layers):
+        given = next(layer.bias for layer in layers if layer.bias is not None)
+        bias = torch.cat([given.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers])
+
+    fused = CompensatedLinear(name, first.in_features, packed, bias, [part for layer in layers for part in layer.parts])
+    if first.residual is not None:
+        scale = None if first.residual_scale is None else torch.cat([layer.residual_scale for layer in layers], dim=1)
+        fused.set_residual(concatenate_residuals([layer.residual for layer in layers], widths, first.residual_bits), scale,
+                           first.residual_bits, first.nested)
+    if first.thresholds is not None:  # one input, so one calibration
+        fused.set_thresholds(first.thresholds.largest[first.name], first.thresholds.mean_square[first.name])
+    fused.compensate(first.compensation)
+    return fused

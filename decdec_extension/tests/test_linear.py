@@ -1,0 +1,193 @@
+"""The compensated layer against the formula of the paper, and fusing against packing."""
+
+import itertools
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from decdec import packing, reference
+from decdec.artifacts import Thresholds
+from decdec.errors import UserError
+from decdec.linear import FEW_ROWS, Compensation, CompensatedLinear, fuse
+
+NAME = "model.layers.0.self_attn.q_proj"
+
+
+def make_layer(d_in=1100, d_out=40, form="codebook", bits=3, residual_bits=4, seed=0, name=NAME, bias=True, group_size=100):
+    draw = torch.Generator().manual_seed(seed)
+    packed = {"qweight": packing.pack_codes(torch.randint(0, 2**bits, (d_out, d_in), generator=draw), bits)}
+    if form == "codebook":
+        codebook, scale = packing.pack_codebook(torch.randn((d_out, 2**bits), generator=draw))
+        packed |= {"codebook": codebook, "scale": scale}
+    else:
+        packed |= {"scales": torch.rand((d_in // group_size, d_out), generator=draw).half(),
+                   "zeros": torch.randint(0, 2**bits, (d_in // group_size, d_out), generator=draw).half()}
+    layer = CompensatedLinear(name, d_in, packed, torch.randn(d_out, generator=draw) if bias else None)
+    if residual_bits == 16:
+        layer.set_residual(packing.pack_residual(torch.randn((d_in, d_out), generator=draw), 16), None, 16, False)
+    else:
+        half = 2**(residual_bits - 1)
+        codes = torch.randint(-half, half, (d_in, d_out), generator=draw)
+        layer.set_residual(packing.pack_residual(codes, residual_bits), torch.rand((1, d_out), generator=draw).half() / half,
+                           residual_bits, False)
+    layer.set_thresholds(torch.linspace(4, 0.01, d_in), torch.rand(d_in, generator=draw))
+    return layer
+
+
+def base_weight(layer):
+    if layer.format == "codebook":
+        return reference.codebook_dequantize(layer.qweight, layer.codebook, layer.scale, layer.in_features, torch.float32)
+    return reference.uniform_dequantize(layer.qweight, layer.scales, layer.zeros, layer.in_features, torch.float32)
+
+
+def expected(layer, x, channels):
+    """The formula on each row, with ``channels`` a list of lists of selected channels."""
+    weight, residual = base_weight(layer), reference.residual_dequantize(
+        layer.residual, layer.residual_scale, layer.residual_bits, layer.nested, layer.out_features, torch.float32)
+    rows = []
+    for row, chosen in zip(x, channels):
+        mask = torch.zeros(layer.in_features).index_fill_(0, torch.tensor(chosen, dtype=torch.long), 1.0)
+        rows.append((weight + (residual * mask[:, None]).t()) @ row + (0 if layer.bias is None else layer.bias))
+    return torch.stack(rows)
+
+
+def selected(layer, x, selection, k_chunk):
+    bounds = Thresholds({}, {NAME: torch.linspace(4, 0.01, layer.in_features)}, {}).boundaries(NAME, k_chunk)
+    indices = reference.select_channels(x, k_chunk, *(bounds if selection == "bucket" else (None, None)))
+    return [[i for i in row if i >= 0] for row in indices.tolist()]
+
+
+@pytest.mark.parametrize("form, residual_bits", [("codebook", 4), ("uniform", 4), ("codebook", 16), ("uniform", 2)])
+@pytest.mark.parametrize("selection, k_chunk", [("bucket", 8), ("exact", 8), ("exact", 1024)])
+def test_decode_and_prefill_follow_the_formula(form, residual_bits, selection, k_chunk):
+    layer = make_layer(form=form, residual_bits=residual_bits)
+    layer.compensate(Compensation(k_chunk, selection, prefill=True))
+    x = torch.randn((FEW_ROWS + 5, layer.in_features), generator=torch.Generator().manual_seed(1))
+    want = expected(layer, x, selected(layer, x, selection, k_chunk))
+    assert_close(layer(x), want, rtol=1e-4, atol=1e-3)  # by dequantizing
+    assert_close(layer(x[:FEW_ROWS]), want[:FEW_ROWS], rtol=1e-4, atol=1e-3)  # by the op
+    assert_close(layer(x[0]), want[0], rtol=1e-4, atol=1e-3)
+    assert_close(layer(x[:, None]), want[:, None], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [3, FEW_ROWS + 3])
+def test_only_single_positions_are_compensated_unless_prefill_asks(rows):
+    layer = make_layer()
+    x = torch.randn((rows, layer.in_features))
+    base = layer(x)
+    assert_close(base, expected(layer, x, [[]] * rows), rtol=1e-4, atol=1e-3)
+    layer.compensate(Compensation(8, "exact"))
+    assert_close(layer(x[None]), base[None])
+    decoded = layer(x[:, None])[:, 0]
+    assert_close(decoded, expected(layer, x, selected(layer, x, "exact", 8)), rtol=1e-4, atol=1e-3)
+    assert not torch.allclose(decoded, base, atol=0.1)
+
+
+@pytest.mark.parametrize("rows", [2, FEW_ROWS + 2])
+def test_static_and_random_selection(rows):
+    layer = make_layer()
+    x = torch.randn((rows, 1, layer.in_features))
+    layer.compensate(Compensation(8, "static"))
+    ranking = layer.thresholds.mean_square[NAME].tolist()
+    best = sorted(range(layer.in_features), key=lambda i: -ranking[i])[:8 + 1]
+    assert_close(layer(x)[:, 0], expected(layer, x[:, 0], [best] * rows), rtol=1e-4, atol=1e-3)
+
+    layer.compensate(Compensation(8, "random", seed=3))
+    drawn = layer._channels(x[:, 0])
+    for row in drawn.tolist():
+        assert len(set(row)) == 9 and sum(i < 1024 for i in row) == 8 and all(0 <= i < 1100 for i in row)
+    layer.compensate(Compensation(8, "random", seed=3))  # the same settings draw the same channels again
+    assert_close(layer(x)[:, 0], expected(layer, x[:, 0], drawn.tolist()), rtol=1e-4, atol=1e-3)
+    assert drawn[0].tolist() != drawn[1].tolist()
+
+
+def test_all_channels_of_fp16_residuals_restore_full_precision():
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn((24, 1100), generator=draw)
+    layer = make_layer(d_out=24, residual_bits=16, bias=False)
+    layer.set_residual(packing.pack_residual((weight - base_weight(layer)).t(), 16), None, 16, False)
+    layer.compensate(Compensation(1024, "bucket"))
+    x = torch.randn((2, 1, 1100), generator=draw)
+    assert_close(layer(x), x @ weight.t(), rtol=1e-3, atol=0.1)
+    assert (layer(x) - x @ weight.t()).abs().max() < 0.01 * (x @ base_weight(layer).t() - x @ weight.t()).abs().max()
+
+
+def test_nan_and_inf_reach_the_output_and_are_not_selected():
+    layer = make_layer(bias=False)
+    layer.compensate(Compensation(8, "exact"))
+    x = torch.randn((1, 1100))
+    x[0, 5] = torch.inf
+    out = layer(x)
+    assert not out.isfinite().any()
+    layer.compensate(Compensation(8, "exact", prefill=True))
+    many = layer(x.repeat(FEW_ROWS + 1, 1).index_fill(0, torch.tensor([0]), 1.0))
+    assert many[0].isfinite().all() and not many[1:].isfinite().any()
+
+
+@pytest.mark.parametrize("form, widths, residual_bits", list(itertools.product(
+    ["codebook", "uniform"], [(32, 16, 48), (33, 7, 5)], [4, 2, 16])))
+def test_fuse_then_pack_equals_pack_then_fuse(form, widths, residual_bits):
+    layers = [make_layer(200, width, form, residual_bits=residual_bits, seed=i, bias=i == 1, name=f"x.{part}_proj")
+              for i, (width, part) in enumerate(zip(widths, "qkv"))]
+    fused = fuse(layers, "x.qkv_proj")
+    codes = [packing.unpack_codes(layer.qweight, layer.out_features, 200) for layer in layers]
+    assert torch.equal(fused.qweight, packing.pack_codes(torch.cat(codes), 3))
+    unpacked = [packing.unpack_residual(layer.residual, residual_bits, layer.out_features) for layer in layers]
+    assert torch.equal(fused.residual, packing.pack_residual(torch.cat(unpacked, dim=1), residual_bits))
+    assert fused.parts == tuple((layer.name, layer.out_features) for layer in layers) and fused.kind == "qkv"
+    x = torch.randn((1, 200))
+    for setting in (Compensation(), Compensation(64, "bucket"), Compensation(64, "exact"), Compensation(1024)):
+        fused.compensate(setting)
+        for layer in layers:
+            layer.thresholds = None
+            layer.set_thresholds(*(table[fused.name] for table in (fused.thresholds.largest, fused.thresholds.mean_square)))
+            layer.compensate(setting)
+        assert_close(fused(x), torch.cat([layer(x) for layer in layers], dim=1), rtol=1e-5, atol=1e-4)
+
+
+def test_layers_that_differ_are_not_fused():
+    with pytest.raises(UserError, match="bits differ"):
+        fuse([make_layer(bits=3), make_layer(bits=4)], "x.qkv_proj")
+    with pytest.raises(UserError, match="group sizes"):
+        fuse([make_layer(form="uniform", group_size=100), make_layer(form="uniform", group_size=50)], "x.qkv_proj")
+
+
+def test_casting_keeps_the_packed_form_and_leaves_residuals_where_they_are():
+    layer = make_layer()
+    before = {key: tensor.clone() for key, tensor in layer.state_dict().items() if key != "bias"}
+    residual, scale = layer.residual, layer.residual_scale.clone()
+    layer.to(torch.bfloat16)
+    assert all(torch.equal(layer.state_dict()[key], tensor) for key, tensor in before.items())
+    assert layer.bias.dtype == torch.bfloat16 and layer.residual is residual and torch.equal(layer.residual_scale, scale)
+    assert set(layer.state_dict()) == {"qweight", "codebook", "scale", "bias"}
+    layer.compensate(Compensation(8, "exact"))
+    x = torch.randn((1, 1100))
+    assert_close(layer(x.bfloat16()).float(), layer.float()(x), rtol=0.05, atol=1.0)
+
+
+def test_bad_settings_are_refused_in_words():
+    for wrong, match in ((dict(k_chunk=-1), "0..1024"), (dict(k_chunk=1025), "0..1024"), (dict(k_chunk=1.5), "integer"),
+                         (dict(selection="best"), "bucket, exact"), (dict(n_tb=0), "n_tb")):
+        with pytest.raises(UserError, match=match):
+            Compensation(**wrong)
+    layer = make_layer()
+    layer.residual = None
+    with pytest.raises(UserError, match="cheatsheet"):
+        layer.compensate(Compensation(8))
+    layer = make_layer()
+    layer.thresholds = None
+    with pytest.raises(UserError, match="thresholds"):
+        layer.compensate(Compensation(8, "bucket"))
+    layer.compensate(Compensation(8, "exact"))
+    with pytest.raises(UserError, match="another model"):
+        layer.set_residual(torch.zeros((7, 16), dtype=torch.uint8), None, 4, False)
+
+
+def test_compiles():
+    layer = make_layer(d_out=48)
+    layer.compensate(Compensation(8, "bucket"))
+    x = torch.randn((1, 1100))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-4)
