@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -185,6 +186,15 @@ inline void check_residual(const char* op, const Tensor& residual, const std::op
   check_tensor(op, "residual_scale", *residual_scale, ScalarType::Half, {groups, d_out}, like);
 }
 
+inline void check_center(const char* op, const std::optional<Tensor>& center, const Tensor& x) {
+  if (center) check_tensor(op, "center", *center, ScalarType::Float, {x.size(1)}, x);
+}
+
+// Shape and dtype; whether the values are below d_in can only be seen on the CPU.
+inline void check_indices(const char* op, const Tensor& indices, const Tensor& x) {
+  check_tensor(op, "indices", indices, ScalarType::Int, {x.size(0), indices.dim() == 2 ? indices.size(1) : 0}, x);
+}
+
 inline void check_selection(const char* op, const Tensor& x, int64_t k_chunk, const std::optional<double>& b_0,
                             const std::optional<double>& b_15, const std::optional<Tensor>& center) {
   if (k_chunk < 0 || k_chunk > kChunk) fail(op, "k_chunk", "0 to 1024", k_chunk);
@@ -192,12 +202,12 @@ inline void check_selection(const char* op, const Tensor& x, int64_t k_chunk, co
     fail(op, b_0 ? "b_15" : "b_0", "both boundaries or neither", "None");
   }
   // Written so that NaN fails too.
-  if (b_0 && !(*b_15 >= 0 && *b_0 >= *b_15)) {
+  if (b_0 && !(*b_15 >= 0 && *b_0 >= *b_15 && std::isfinite(*b_0))) {
     std::ostringstream got;
     got << "b_0 = " << *b_0 << ", b_15 = " << *b_15;
-    fail(op, "b_0", "b_0 >= b_15 >= 0", got.str());
+    fail(op, "b_0", "finite b_0 >= b_15 >= 0", got.str());
   }
-  if (center) check_tensor(op, "center", *center, ScalarType::Float, {x.size(1)}, x);
+  check_center(op, center, x);
 }
 
 inline void check_n_tb(const char* op, int64_t n_tb) {
