@@ -3,8 +3,7 @@
 import argparse
 from collections import defaultdict
 
-import style
-
+from decdec import figure_style as style
 from decdec.errors import UserError, run
 from decdec.files import read_rows
 
