@@ -1,0 +1,198 @@
+"""A decoder with a static key-value cache, built from the modules of any Hugging Face model of Llama's shape.
+
+What it supports is read from the model's own modules and config, never from its name: RMSNorm, rotary positions with any fixed
+scaling, grouped-query attention, optional q/k norm, projection biases and sliding windows, gated MLP, tied embeddings. q/k/v
+and gate/up are fused. A step holds no data-dependent Python: positions are a tensor, and the one length it needs is counted by
+the caller, so the same step can be captured as a graph.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from decdec.errors import UserError
+from decdec.linear import CompensatedLinear, fuse
+
+PREFILL_CHUNK = 512  # prompt tokens at a time: enough to pay for dequantizing, small enough to bound the activations
+
+_BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "resid_attn_dropout", "resid_mlp_dropout"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}
+_MLP = {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"}
+# Factors and caps that change the function, with the value that leaves it alone.
+_NEUTRAL = {"embedding_multiplier": 1, "residual_multiplier": 1, "logits_scaling": 1, "logit_scale": 1,
+            "final_logit_softcapping": None, "attn_logit_softcapping": None}
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * weight`` over the last dimension, the mean in float32."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.weight = norm.weight
+        self.eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", 1e-6)
+        probe = torch.linspace(-1, 1, len(self.weight), dtype=self.weight.dtype, device=self.weight.device)
+        if not torch.allclose(self(probe), norm(probe), rtol=1e-2, atol=1e-3):
+            raise UserError(f"model: its {type(norm).__name__} is not x / rms(x) * weight; use decdec.hub for this model")
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Block(nn.Module):
+    """One decoder block: norm, attention, norm, gated MLP."""
+
+    def __init__(self, source: nn.Module, name: str, heads: int, kv_heads: int, head_dim: int, window: int | None):
+        super().__init__()
+        attention, mlp = source.self_attn, source.mlp
+        self.heads, self.kv_heads, self.head_dim, self.window = heads, kv_heads, head_dim, window
+        self.scaling = getattr(attention, "scaling", head_dim**-0.5)
+        self.input_norm, self.mlp_norm = RMSNorm(source.input_layernorm), RMSNorm(source.post_attention_layernorm)
+        self.q_norm = RMSNorm(attention.q_norm) if hasattr(attention, "q_norm") else None
+        self.k_norm = RMSNorm(attention.k_norm) if hasattr(attention, "k_norm") else None
+        self.qkv = _fused(attention, ("q_proj", "k_proj", "v_proj"), f"{name}.self_attn.qkv_proj")
+        self.o = attention.o_proj
+        self.gu = _fused(mlp, ("gate_proj", "up_proj"), f"{name}.mlp.gate_up_proj")
+        self.d = mlp.down_proj
+        self.activation = getattr(mlp, "act_fn", None) or mlp.activation_fn
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], positions: Tensor, mask: Tensor, keys: Tensor,
+                values: Tensor) -> Tensor:
+        """``x`` ``(T, hidden)``; ``keys`` and ``values`` ``(kv_heads, length, head_dim)`` are written at ``positions`` ``(T,)``.
+
+        ``mask`` is bool ``(T, live)``: the first ``live`` places of the cache are attended where it is true.
+        """
+        heads, kv_heads, live = self.heads, self.kv_heads, mask.shape[1]
+        q, k, v = (self.qkv(self.input_norm(x)).view(len(x), heads + 2 * kv_heads, self.head_dim)
+                   .split((heads, kv_heads, kv_heads), dim=1))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        keys.index_copy_(1, positions, _rotate(k, *rotary).transpose(0, 1))
+        values.index_copy_(1, positions, v.transpose(0, 1))
+        attended = F.scaled_dot_product_attention(_rotate(q, *rotary).transpose(0, 1)[None], keys[None, :, :live],
+                                                  values[None, :, :live], attn_mask=mask, scale=self.scaling,
+                                                  enable_gqa=heads != kv_heads)
+        x = x + self.o(attended[0].transpose(0, 1).reshape(len(x), heads * self.head_dim))
+        gate, up = self.gu(self.mlp_norm(x)).chunk(2, dim=-1)
+        return x + self.d(self.activation(gate) * up)
+
+
+class Decoder(nn.Module):
+    """The decoder of one sequence. Takes its modules from ``model``, which is not to be used afterwards.
+
+    ``hub.set_compensation`` and ``hub.memory`` work on it as on the model. Call :meth:`allocate` before the first token.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        config = model.config
+        body = model.base_model
+        blocks = getattr(body, "layers", nn.ModuleList())
+        _check(config, body, blocks)
+        self.context = config.max_position_embeddings
+        self.embed, self.head, self.norm = model.get_input_embeddings(), model.get_output_embeddings(), RMSNorm(body.norm)
+        # The model's own frequencies, so that every fixed scaling (linear, llama3, yarn, ...) comes with them.
+        self.register_buffer("inverse_frequencies", body.rotary_emb.inv_freq.float(), persistent=False)
+        self.rotary_scaling = body.rotary_emb.attention_scaling
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self.cache_shape = (len(blocks), kv_heads, head_dim)
+        self.blocks = nn.ModuleList()
+        for i, window in enumerate(_windows(config, len(blocks))):
+            self.blocks.append(Block(blocks[i], f"{model.base_model_prefix}.layers.{i}", heads, kv_heads, head_dim, window))
+            blocks[i] = nn.Identity()  # frees the parts that were fused
+        self.keys = self.values = None
+        if hasattr(model, "decdec"):
+            self.decdec = model.decdec
+
+    def allocate(self, length: int) -> None:
+        """Make room for ``length`` tokens: two caches ``(blocks, kv_heads, length, head_dim)`` in the embedding's dtype."""
+        blocks, kv_heads, head_dim = self.cache_shape
+        self.keys = self.embed.weight.new_zeros((blocks, kv_heads, length, head_dim))
+        self.values = torch.zeros_like(self.keys)
+
+    def forward(self, tokens: Tensor, positions: Tensor, live: int) -> Tensor:
+        """Hidden states ``(T, hidden)`` of ``tokens`` int64 ``(T,)`` at ``positions`` int64 ``(T,)``.
+
+        ``live`` counts the cached places to attend to, at least ``max(positions) + 1``; places beyond a token are masked.
+        """
+        x = self.embed(tokens)
+        angles = positions[:, None].float() * self.inverse_frequencies
+        angles = torch.cat((angles, angles), dim=-1)[:, None]
+        rotary = tuple((f(angles) * self.rotary_scaling).to(x.dtype) for f in (torch.cos, torch.sin))
+        place = torch.arange(live, device=tokens.device)
+        masks = {None: place <= positions[:, None]}
+        for i, block in enumerate(self.blocks):
+            if block.window not in masks:
+                masks[block.window] = masks[None] & (place > positions[:, None] - block.window)
+            x = block(x, rotary, positions, masks[block.window], self.keys[i], self.values[i])
+        return self.norm(x)
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor) -> Tensor:
+        """Logits float32 ``(vocab,)`` after the prompt ``tokens`` int64 ``(T,)``, which starts an empty sequence."""
+        # Even chunks, so that no chunk is a single token, which would count as a decode step.
+        for part in torch.arange(len(tokens), device=tokens.device).tensor_split(-(-len(tokens) // PREFILL_CHUNK)):
+            hidden = self(tokens[part], part, int(part[-1]) + 1)
+        return self.head(hidden[-1:])[0].float()
+
+    @torch.inference_mode()
+    def step(self, token: Tensor, position: Tensor, live: int) -> Tensor:
+        """Logits float32 ``(vocab,)`` after one more ``token`` int64 ``(1,)`` at ``position`` int64 ``(1,)``."""
+        return self.head(self(token, position, live))[0].float()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on the first ``cos.shape[-1]`` of the last dimension of ``x`` ``(T, heads, head_dim)``."""
+    turned, rest = x[..., :cos.shape[-1]], x[..., cos.shape[-1]:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def _fused(parent: nn.Module, names: tuple[str, ...], name: str) -> nn.Module:
+    """The layers ``names`` of ``parent`` as one, or the one that the model has fused already (called as ``name`` ends)."""
+    own = name.rpartition(".")[2]
+    if hasattr(parent, own):
+        return getattr(parent, own)
+    layers = [getattr(parent, part) for part in names]
+    if all(isinstance(layer, CompensatedLinear) for layer in layers):
+        return fuse(layers, name)
+    if not all(isinstance(layer, nn.Linear) for layer in layers):
+        raise UserError(f"{name}: cannot fuse quantized with unquantized layers")
+    first = layers[0].weight
+    fused = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers), bias=layers[0].bias is not None,
+                      device="meta", dtype=first.dtype)
+    fused.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]), requires_grad=False)
+    if layers[0].bias is not None:
+        fused.bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]), requires_grad=False)
+    return fused
+
+
+def _windows(config, blocks: int) -> list[int | None]:
+    """The sliding window of every block, None where it sees everything."""
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * blocks
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _check(config, body: nn.Module, blocks: nn.ModuleList) -> None:
+    """Refuse a model that computes something this decoder does not."""
+    if not len(blocks):
+        raise UserError(f"model: {type(body).__name__} has no layers of Llama's shape; use decdec.hub for this model")
+    extra = set()
+    for block in blocks:
+        children = {name for name, _ in block.named_children()}
+        if not {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"} <= children:
+            raise UserError(f"model: {type(block).__name__} is not a block of Llama's shape; use decdec.hub for this model")
+        extra |= children - _BLOCK
+        extra |= {name for name, _ in block.self_attn.named_children()} - _ATTENTION
+        extra |= {name for name, _ in block.mlp.named_children()} - _MLP
+        extra |= set() if getattr(block.self_attn, "use_rope", True) else {"layers without rotary positions"}
+    extra |= {name for name, neutral in _NEUTRAL.items() if getattr(config, name, neutral) not in (neutral, None)}
+    extra |= {"longrope"} if getattr(body.rotary_emb, "rope_type", "") == "longrope" else set()
+    if extra:
+        raise UserError(f"model: {config.model_type} has {', '.join(sorted(extra))}, which the static decoder does not; "
+                        "use decdec.hub for this model")

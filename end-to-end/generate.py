@@ -1,0 +1,140 @@
+"""Generate text with a DecDEC folder (or an original model): prefill, compensated decoding, streamed to stdout.
+
+The prompt comes from --prompt, --prompt-file or stdin. Tokens per second go to stderr; --json prints one line with everything
+instead of the text. Greedy unless --temperature is above 0.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from decdec import hub, models
+from decdec.errors import UserError, run
+from decdec.files import read_json
+from decdec.linear import Compensation
+from decoder import Decoder
+from generation import Timing, generate
+from sampling import Sampling
+from streaming import TextStream
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="DecDEC folder, or an original model's folder or hub id")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", help="the prompt (default: read from stdin)")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="file that holds the prompt, UTF-8")
+    parser.add_argument("--chat", action="store_true", help="put the prompt as a user's turn into the model's chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
+    parser.add_argument("--k-chunk", type=int, default=0, metavar="K", help="channels compensated a chunk, 0..1024 (default 0)")
+    parser.add_argument("--selection", default="bucket", choices=("bucket", "exact"),
+                        help="how channels are chosen (default bucket, the paper's)")
+    parser.add_argument("--compensate-prefill", action="store_true", help="compensate the prompt's positions too")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default 0)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (default: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest P of the mass (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of activations and unquantized weights (default float32)")
+    parser.add_argument("--json", action="store_true", help="print one JSON line instead of the text")
+    return parser.parse_args()
+
+
+def read_prompt(arguments: argparse.Namespace) -> str:
+    if arguments.prompt is not None:
+        return arguments.prompt
+    try:
+        if arguments.prompt_file:
+            return Path(arguments.prompt_file).read_text(encoding="utf-8")
+        if sys.stdin.isatty():
+            print("reading the prompt from stdin; end it with Ctrl-D", file=sys.stderr)
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError:
+        raise UserError(f"prompt: expected UTF-8 text in {arguments.prompt_file or 'stdin'}") from None
+    except OSError as error:
+        raise UserError(f"--prompt-file: {arguments.prompt_file}: {error.strerror}") from None
+
+
+def encode(tokenizer, prompt: str, chat: bool) -> Tensor:
+    """Token ids int64 ``(T,)`` of the prompt; of an empty one the model's first token, if it has one."""
+    if chat:
+        if not tokenizer.chat_template:
+            raise UserError("--chat: this model has no chat template")
+        turn = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
+    else:
+        ids = tokenizer(prompt)["input_ids"]
+    if not ids and tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id]
+    if not ids:
+        raise UserError("prompt: expected text, got none")
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def load_decoder(source: str, dtype: torch.dtype, compensation: Compensation) -> tuple[Decoder, set[int]]:
+    """The decoder of a DecDEC folder or an original model, compensated, and the tokens that end a text."""
+    models.check_source(source)
+    folder = Path(source)
+    if folder.is_dir() and "quantization_config" in read_json(folder / "config.json"):
+        model = hub.load(folder, dtype)
+    elif compensation.k_chunk:
+        raise UserError(f"--k-chunk: {source} is not a DecDEC folder, only 0 can be run")
+    else:
+        model = models.load_model(source, dtype)
+    stop = set()
+    for ends in (model.config.eos_token_id, model.generation_config.eos_token_id):
+        stop |= set(ends) if isinstance(ends, list) else {ends} - {None}
+    decoder = Decoder(model).eval()
+    hub.set_compensation(decoder, compensation)
+    return decoder, stop
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    compensation = Compensation(arguments.k_chunk, arguments.selection, arguments.compensate_prefill)
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    if arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens: expected a positive number, got {arguments.max_new_tokens}")
+    tokenizer = models.load_tokenizer(arguments.model)
+    context = models.context_length(arguments.model)
+    prompt = encode(tokenizer, read_prompt(arguments), arguments.chat)
+    if len(prompt) >= context:
+        raise UserError(f"prompt: {len(prompt)} tokens, but the model's context is {context}")
+    max_new_tokens = min(arguments.max_new_tokens, context - len(prompt))
+    if max_new_tokens < arguments.max_new_tokens:
+        print(f"only {max_new_tokens} new tokens fit the context of {context}", file=sys.stderr)
+
+    decoder, stop = load_decoder(arguments.model, getattr(torch, arguments.dtype), compensation)
+    timing, tokens, stream = Timing(), [], TextStream(tokenizer, prompt.tolist())
+    show = sys.stderr if arguments.json else sys.stdout
+    text = []
+    for token in generate(decoder, prompt, max_new_tokens, sampling, stop, timing):
+        tokens.append(token)
+        text.append(stream.push(token))
+        print(text[-1], end="", flush=True, file=show)
+    text.append(stream.flush())
+    print(text[-1], flush=True, file=show)
+
+    memory = hub.memory(decoder)
+    if arguments.json:
+        print(json.dumps({
+            "model": arguments.model, "prompt_tokens": len(prompt), "new_tokens": len(tokens), "text": "".join(text),
+            "stopped": len(tokens) < max_new_tokens, "k_chunk": arguments.k_chunk,
+            "selection": arguments.selection if arguments.k_chunk else "none",
+            "compensate_prefill": arguments.compensate_prefill, "temperature": arguments.temperature, "top_k": arguments.top_k,
+            "top_p": arguments.top_p, "seed": arguments.seed, "dtype": arguments.dtype, "threads": torch.get_num_threads(),
+            "prefill_tokens_per_s": round(timing.prefill_tokens_per_s, 2),
+            "decode_tokens_per_s": round(timing.decode_tokens_per_s, 2), **memory}))
+    else:
+        print(f"prefill {len(prompt)} tokens, {timing.prefill_tokens_per_s:.1f} tokens/s; decode {timing.steps} steps, "
+              f"{timing.decode_tokens_per_s:.1f} tokens/s; device {memory['device_bytes'] / 1e6:.0f} MB, "
+              f"host {memory['host_bytes'] / 1e6:.0f} MB", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)
