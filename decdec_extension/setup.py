@@ -118,7 +118,7 @@ def ninja_file(output: Path, objects: Path) -> str:
         built.append(escape(objects / relative) + ".o")
         lines.append(f"build {built[-1]}: {'nvcc' if source in cuda else 'cxx'} {escape(source)}")
         if relative.parts[0] == "cpu":
-            lines.append(f"  cxxflags = $cxxflags -march={cpu_arch} -Wno-maybe-uninitialized")  # GCC 12 warns in its own AVX-512 header
+            lines.append(f"  cxxflags = $cxxflags -march={cpu_arch} -Wno-psabi -Wno-maybe-uninitialized")  # GCC 12 warns in its own headers
     lines.append(f"build {escape(output)}: link {' '.join(built)}")
     return "\n".join(lines) + "\n"
 

@@ -2,8 +2,9 @@
 
 One schema serves the CPU and the CUDA implementation; :mod:`decdec.reference` is the specification of both. Conventions:
 
-* ``x`` is ``(batch, d_in)``, contiguous; float16, bfloat16 or (CPU only) float32. Outputs are ``(batch, d_out)`` in its dtype;
-  sums are accumulated in float32. Every batch row selects its own channels. CUDA takes at most 8 rows.
+* ``x`` is ``(batch, d_in)``; float16, bfloat16 or (CPU only) float32. Outputs are ``(batch, d_out)`` in its dtype;
+  sums are accumulated in float32. Every batch row selects its own channels. CUDA takes at most 8 rows. ``bias`` has the
+  dtype of ``x``. The wrappers make ``x`` contiguous; every other tensor must be.
 * Base weights are in the tile layout of :mod:`decdec.packing`; their bits (2, 3 or 4) are ``qweight.shape[2]``.
   Codebook weights: ``W[o, i] = scale[o] * codebook[o, code]``, ``codebook`` int16 ``(d_out, 2**bits)``, ``scale`` float32
   ``(d_out,)``. Uniform weights: ``W[o, i] = scales[g, o] * (code - zeros[g, o])`` with ``g = i // group_size``; ``scales`` and
@@ -48,12 +49,12 @@ def residual_dequantize(residual: Tensor, residual_scale: Tensor | None, residua
 
 def codebook_gemv(x: Tensor, qweight: Tensor, codebook: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Base GEMV of codebook weights: ``W_q x + bias``."""
-    return _ops.codebook_gemv(x, qweight, codebook, scale, bias)
+    return _ops.codebook_gemv(x.contiguous(), qweight, codebook, scale, bias)
 
 
 def uniform_gemv(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None) -> Tensor:
     """Base GEMV of group-wise uniform weights: ``W_q x + bias``."""
-    return _ops.uniform_gemv(x, qweight, scales, zeros, bias)
+    return _ops.uniform_gemv(x.contiguous(), qweight, scales, zeros, bias)
 
 
 def select_channels(x: Tensor, k_chunk: int, b_0: float | None = None, b_15: float | None = None,
@@ -62,13 +63,13 @@ def select_channels(x: Tensor, k_chunk: int, b_0: float | None = None, b_15: flo
 
     Ascending within each chunk's segment; -1 fills a segment whose chunk has fewer finite values than its count.
     """
-    return _ops.select_channels(x, k_chunk, b_0, b_15, center)
+    return _ops.select_channels(x.contiguous(), k_chunk, b_0, b_15, center)
 
 
 def residual_gemv(x: Tensor, indices: Tensor, residual: Tensor, residual_scale: Tensor | None, residual_bits: int,
                   nested: bool, d_out: int, center: Tensor | None = None) -> Tensor:
     """``sum over selected i of R[i, :] * (x[i] - center[i])`` for given ``indices`` int32 ``(batch, k)``; negative ones are skipped."""
-    return _ops.residual_gemv(x, indices, residual, residual_scale, residual_bits, nested, d_out, center)
+    return _ops.residual_gemv(x.contiguous(), indices, residual, residual_scale, residual_bits, nested, d_out, center)
 
 
 def codebook_gemv_compensated(x: Tensor, qweight: Tensor, codebook: Tensor, scale: Tensor, bias: Tensor | None,
@@ -80,8 +81,8 @@ def codebook_gemv_compensated(x: Tensor, qweight: Tensor, codebook: Tensor, scal
     ``n_tb`` thread blocks fetch while the others run the base GEMV (section 4.3); the CPU ignores it. ``workspace``
     (:func:`workspace_bytes`) is all zero between calls; calls that may overlap need one each. Deterministic.
     """
-    return _ops.codebook_gemv_compensated(x, qweight, codebook, scale, bias, residual, residual_scale, residual_bits, nested,
-                                          k_chunk, b_0, b_15, center, n_tb, workspace)
+    return _ops.codebook_gemv_compensated(x.contiguous(), qweight, codebook, scale, bias, residual, residual_scale, residual_bits,
+                                         nested, k_chunk, b_0, b_15, center, n_tb, workspace)
 
 
 def uniform_gemv_compensated(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None,
@@ -89,8 +90,8 @@ def uniform_gemv_compensated(x: Tensor, qweight: Tensor, scales: Tensor, zeros: 
                              k_chunk: int, b_0: float | None = None, b_15: float | None = None,
                              center: Tensor | None = None, n_tb: int = 8, workspace: Tensor | None = None) -> Tensor:
     """Compensated GEMV of group-wise uniform weights; see :func:`codebook_gemv_compensated`."""
-    return _ops.uniform_gemv_compensated(x, qweight, scales, zeros, bias, residual, residual_scale, residual_bits, nested,
-                                         k_chunk, b_0, b_15, center, n_tb, workspace)
+    return _ops.uniform_gemv_compensated(x.contiguous(), qweight, scales, zeros, bias, residual, residual_scale, residual_bits,
+                                         nested, k_chunk, b_0, b_15, center, n_tb, workspace)
 
 
 def _fake(name):
