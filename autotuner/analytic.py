@@ -1,0 +1,68 @@
+"""Expected time against k_chunk: the paper's law (section 5.1), and the same law with the fixed costs that a GPU shows.
+
+The law: fetching is hidden behind the base GEMV until the knee, then time grows with the bytes fetched. It takes both the
+base GEMV and the link at their full rates. Measured kernels add a fixed cost to the fetching side (selection, the first byte
+over the link, the merge), and slow the base GEMV once too few SMs are left to it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from shapes import Layer
+
+from decdec.reference import CHUNK
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What bounds a GPU. ``dram_gb_s`` and ``link_gb_s`` are rates reached, not advertised.
+
+    The defaults of the others are those seen on an H100 (2026-11-22): one fetching block reaches 9 GB/s of link; fetching costs
+    6.5 us before the first row and after the last; a base GEMV needs 60 % of the SMs to keep its full rate.
+    """
+
+    dram_gb_s: float
+    link_gb_s: float
+    sms: int
+    block_gb_s: float = 9.0
+    fixed_us: float = 6.5
+    busy_sms: float = 0.6
+    launch_us: float = 1.0
+
+
+def knee(bits: int, residual_bits: int, dram_gb_s: float, link_gb_s: float) -> float:
+    """k_chunk up to which fetching is hidden: ``1024 / R_bw * bits / residual_bits``."""
+    return CHUNK * link_gb_s / dram_gb_s * bits / residual_bits
+
+
+def normalised_law(k_chunk: float, knee_at: float) -> float:
+    """The paper's law: time over that of the base GEMV, 1 up to the knee and proportional to k_chunk from there."""
+    return max(1.0, k_chunk / knee_at)
+
+
+def base_us(layer: Layer, rates: Rates, sms: int | None = None) -> float:
+    """Time of the base GEMV on ``sms`` SMs (default all), microseconds."""
+    share = (rates.sms if sms is None else sms) / (rates.busy_sms * rates.sms)
+    return rates.launch_us + layer.base_bytes / (rates.dram_gb_s * 1e3 * min(1.0, share))
+
+
+def fetch_us(layer: Layer, k_chunk: int, link_gb_s: float, fixed_us: float) -> float:
+    """Time of the fetching side alone, microseconds."""
+    return fixed_us + layer.residual_bytes(k_chunk) / (link_gb_s * 1e3)
+
+
+def compensated_us(layer: Layer, n_tb: int, k_chunk: int, rates: Rates) -> float:
+    """Time of the compensated GEMV with ``n_tb`` fetching blocks, microseconds."""
+    if k_chunk == 0:
+        return base_us(layer, rates)
+    link = min(rates.link_gb_s, n_tb * rates.block_gb_s)
+    return max(base_us(layer, rates, max(1, rates.sms - n_tb)), fetch_us(layer, k_chunk, link, rates.fixed_us))
+
+
+def fitted_fixed_us(layer: Layer, points: Iterable[tuple[int, float]], base: float, link_gb_s: float) -> float:
+    """The fixed cost of fetching that measured ``(k_chunk, us)`` show: what the slowest points leave when the link's time is taken off.
+
+    Only points well above the ``base`` time tell it: below, fetching is hidden. 0 if there are none.
+    """
+    left = [us - fetch_us(layer, k, link_gb_s, 0.0) for k, us in points if us > 1.2 * base]
+    return max(0.0, sorted(left)[len(left) // 2]) if left else 0.0

@@ -1,0 +1,88 @@
+"""What fetching is worth: predicted loss removed by compensating k_chunk channels, for each kind of layer.
+
+Compensating a set S of channels removes about ``sum over c in S of x_c^2 |R_c|^2`` from a layer's squared output error, R_c being
+the residual row of channel c (errors of different channels taken as independent). Two sources, the better one first:
+
+* ``gains.safetensors``, written into the model folder by measure_gains.py: this sum over real inputs, times how much the loss
+  feels an error at that layer's output. In nats per token.
+* ``thresholds.pt`` and ``cheatsheet.pt`` alone: the sum estimated from the largest |x| at each rank, over the layer's squared
+  output. A fraction of output energy; layers count alike.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from shapes import Layer
+from torch import Tensor
+
+from decdec import artifacts, ops
+from decdec.artifacts import QuantConfig
+from decdec.errors import UserError
+from decdec.models import layer_kind
+from decdec.reference import CHUNK, chunk_counts
+
+GAINS = "gains.safetensors"
+MEASURED, DERIVED = "nats per token", "fraction of squared output"
+
+
+def read_gains(folder: str | Path, layers: Iterable[Layer]) -> tuple[dict[Layer, Tensor], str] | None:
+    """For each layer its gain at k_chunk 0..1024, float64 ``(1025,)``, summed over the model, and the unit; None without data."""
+    folder = Path(folder)
+    quant = artifacts.read_quant_config(folder)
+    if (folder / GAINS).is_file():
+        by_name, unit = _measured(folder / GAINS, quant), MEASURED
+    elif (folder / artifacts.THRESHOLDS).is_file() and (folder / artifacts.CHEATSHEET).is_file():
+        by_name, unit = _derived(folder, quant), DERIVED
+    else:
+        return None
+    summed = {(layer.kind, layer.bits): torch.zeros(CHUNK + 1, dtype=torch.float64) for layer in layers}
+    for name, gain in by_name.items():
+        key = layer_kind(name), quant.bits_of(name)
+        if key not in summed:
+            raise UserError(f"{folder}: gains: {name} is no layer of this model")
+        summed[key] += gain.double()
+    return {layer: summed[layer.kind, layer.bits] for layer in layers}, unit
+
+
+def _measured(path: Path, quant: QuantConfig) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights_hash = (file.metadata() or {}).get("weights_hash")
+            gains = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: expected a safetensors file, got one that cannot be read ({error})") from None
+    if weights_hash != quant.weights_hash:
+        raise UserError(f"{path}: measured for weights {weights_hash}, but the folder's are {quant.weights_hash}; "
+                        "run measure_gains.py again")
+    if wrong := [name for name, gain in gains.items() if gain.shape != (CHUNK + 1,)]:
+        raise UserError(f"{path}: {wrong[0]}: expected {CHUNK + 1} entries, got shape {tuple(gains[wrong[0]].shape)}")
+    return gains
+
+
+def _derived(folder: Path, quant: QuantConfig) -> dict[str, Tensor]:
+    from decdec import hub
+
+    thresholds = artifacts.load_thresholds(folder / artifacts.THRESHOLDS, quant)
+    sheet = artifacts.load_cheatsheet(folder / artifacts.CHEATSHEET, quant)
+    gains = {}
+    for name, layer in hub.compensated_layers(hub.load(folder)).items():
+        if name not in thresholds.largest or name not in sheet.residual:
+            raise UserError(f"{folder}: {artifacts.THRESHOLDS} and {artifacts.CHEATSHEET} lack layer {name}; make them again")
+        energy = thresholds.mean_square[name].double()
+        rows = residual_row_energy(sheet.residual[name], sheet.scale[name], sheet.bits, sheet.nested, layer.out_features)
+        weights = layer.dequantize(torch.float32).double().square().sum(dim=0)
+        # The k-th largest |x| of the worst token stands for that of the usual token, at the usual token's energy.
+        by_rank = thresholds.largest[name].double().square()
+        by_rank *= energy.sum() / by_rank.sum().clamp_min(1e-30)
+        removed = torch.cat([torch.zeros(1, dtype=torch.float64), by_rank.cumsum(0)]) * (energy * rows).sum() / energy.sum().clamp_min(1e-30)
+        at = torch.tensor([sum(chunk_counts(len(energy), k)) for k in range(CHUNK + 1)])
+        gains[name] = removed[at] / (energy * weights).sum().clamp_min(1e-30)
+    return gains
+
+
+def residual_row_energy(residual: Tensor, scale: Tensor | None, bits: int, nested: bool, d_out: int) -> Tensor:
+    """Squared norm of each residual row, float64 ``(d_in,)``."""
+    rows = ops.residual_dequantize(residual, scale, bits, nested, d_out, torch.float32)
+    return rows.square().sum(dim=1, dtype=torch.float64)

@@ -1,0 +1,44 @@
+"""Plans as people and tables read them, in the notation of the paper's Table 3: n_tb/(k_qkv,k_o,k_gu,k_d)."""
+
+from collections.abc import Iterator
+
+from decdec.plan import Plan, Tuned
+
+
+def settings(tuned: Tuned, bits: int) -> str:
+    """``n_tb^max/(k_qkv,k_o,k_gu,k_d)`` for the layers of one bit width."""
+    choices = [choice for choice in tuned.choices if choice.bits == bits]
+    n_max = max((choice.n_tb for choice in choices if choice.k_chunk), default=0)
+    return f"{n_max}/({','.join(str(choice.k_chunk) for choice in choices)})"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}%"
+
+
+def text(plan: Plan) -> str:
+    """A few lines for the terminal."""
+    device = plan.device
+    lines = [f"{plan.model} ({plan.method}) on {device.name}, {device.sms} SMs{', SIMULATED' * device.simulated}; "
+             f"memory {plan.dram_gb_s:.0f} GB/s, link {plan.link_gb_s:.1f} GB/s"]
+    for tuned in plan.tuned:
+        gain = "" if tuned.gain is None else f", removes {tuned.gain:.3g} {plan.gain_source}"
+        lines.append(f"target {tuned.target_percent:g}% {tuned.scope}, {tuned.objective}: predicted {percent(tuned.predicted_percent)}, "
+                     f"measured {percent(tuned.measured_percent)}{gain}")
+        for bits in sorted({choice.bits for choice in tuned.choices}):
+            n_tb = ",".join(str(choice.n_tb) for choice in tuned.choices if choice.bits == bits)
+            lines.append(f"  {bits}-bit  n_tb/(k_chunk of qkv,o,gu,d)  {settings(tuned, bits)}   n_tb ({n_tb})")
+    return "\n".join(lines)
+
+
+def rows(plan: Plan) -> Iterator[dict]:
+    """One row for each target and kind of layer; percentages are of that kind's own base time."""
+    for tuned in plan.tuned:
+        for choice in tuned.choices:
+            yield {"shapes": plan.model, "method": plan.method, "bits": choice.bits, "target": tuned.target_percent, "scope": tuned.scope,
+                   "objective": tuned.objective, "kind": choice.kind, "n_tb": choice.n_tb, "k_chunk": choice.k_chunk,
+                   "base_us": choice.base_us, "predicted": choice.predicted_us / choice.base_us,
+                   "measured": choice.measured_us and choice.measured_us / choice.base_us,
+                   "predicted_percent": tuned.predicted_percent, "measured_percent": tuned.measured_percent,
+                   "device": plan.device.name, "sms": plan.device.sms, "simulated": plan.device.simulated,
+                   "selection": plan.selection} | plan.versions

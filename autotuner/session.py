@@ -1,0 +1,103 @@
+"""What run_profile.py and tuner.py are asked about: a model, a GPU that is here, limited or simulated, and a profile."""
+
+import argparse
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import analytic
+import datasheet
+import shapes
+import simulated
+from profiling import Timer
+from shapes import Shapes
+from timings import Conditions, read_profile
+
+from decdec import plan
+from decdec.artifacts import FORMATS
+from decdec.errors import UserError
+from decdec.files import config_hash
+
+DTYPES = ("float16", "bfloat16")
+SELECTIONS = ("bucket", "exact")
+SIMULATED = "simulated"  # and a hash of the rates stands for the kernels' hash in a simulation
+
+
+@dataclass(frozen=True)
+class Session:
+    """A device to tune for, open. ``timer`` is None where only saved rows speak for it."""
+
+    device: plan.Device
+    conditions: Conditions
+    rates: analytic.Rates
+    timer: Timer | None
+    facts: dict
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="FOLDER", help="a folder made by decdec_setup")
+    parser.add_argument("--random-weights", metavar="NAME", help=f"shapes of a known model instead: {', '.join(shapes.NAMED)}")
+    parser.add_argument("--bits", type=float, default=3, help="of random weights: 2, 3, 4, or 3.5 for half 3 and half 4 (default 3)")
+    parser.add_argument("--format", choices=FORMATS, default="codebook", help="of random weights (default codebook)")
+    parser.add_argument("--simulate", metavar="GPU", help=f"a GPU that is not here: {', '.join(datasheet.GPUS)}")
+    parser.add_argument("--selection", choices=SELECTIONS, default="bucket", help="channel selection (default bucket, the paper's)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of activations (default float16)")
+    parser.add_argument("--profile", required=True, metavar="FILE", help="JSON-lines file of measured times")
+
+
+def model_shapes(arguments: argparse.Namespace) -> Shapes:
+    if (arguments.model is None) == (arguments.random_weights is None):
+        raise UserError("model: expected either a model folder or --random-weights NAME")
+    if arguments.model is not None:
+        return shapes.from_folder(arguments.model)
+    return shapes.random_weights(arguments.random_weights, arguments.bits, arguments.format)
+
+
+@contextmanager
+def open_session(arguments: argparse.Namespace, sms: int | None):
+    """The session for the GPU here, limited to ``sms`` SMs if given, or for the one simulated."""
+    if arguments.simulate is not None:
+        if sms is not None:
+            raise UserError("sms: a simulated GPU has the SMs of its data sheet")
+        sheet = datasheet.sheet_of(arguments.simulate)
+        rates = simulated.simulated_rates(sheet)
+        device = plan.Device(sheet.name, sheet.sms, simulated=True)
+        yield Session(device, _conditions(arguments, device, f"{SIMULATED}-{config_hash(asdict(rates))}"), rates, simulated.SimulatedTimer(rates), {})
+        return
+    here = plan.this_device()
+    if here is None:
+        raise UserError("no GPU here (torch finds none): use --simulate GPU to tune for one from its data sheet")
+    import gpu
+
+    device = plan.Device(here.name, sms or here.sms)
+    if device.sms > here.sms:
+        raise UserError(f"sms: {here.name} has {here.sms} SMs, {device.sms} were asked for")
+    with gpu.limited_to(device.sms if sms else None):
+        timer = gpu.GpuTimer(arguments.dtype, arguments.selection)
+        yield Session(device, _conditions(arguments, device, gpu.library_hash()), gpu.measure_rates(device.sms), timer, gpu.facts())
+
+
+def _conditions(arguments: argparse.Namespace, device: plan.Device, library: str) -> Conditions:
+    return Conditions(device.name, device.sms, library, arguments.dtype, arguments.selection)
+
+
+def saved_session(arguments: argparse.Namespace, sms: int | None) -> Session:
+    """The session that a profile's own rows describe, for tuning on a machine without that GPU."""
+    found = {}
+    for row in read_profile(arguments.profile):
+        if row["what"] == "rates" and sms in (None, row["sms"]):
+            device = plan.Device(row["device"], row["sms"], row["library"].startswith(SIMULATED))
+            found[device] = row
+    if len(found) != 1:
+        known = ", ".join(f"{device.name} with {device.sms} SMs" for device in found) or "none that fits"
+        raise UserError(f"profile: {arguments.profile}: expected rows of one device, got {known}; choose by --sms, "
+                        "or profile into a file of its own")
+    (device, row), = found.items()
+    rates = analytic.Rates(row["dram_gb_s"], row["link_gb_s"], device.sms)
+    timer = simulated.SimulatedTimer(rates) if device.simulated else None
+    return Session(device, _conditions(arguments, device, row["library"]), rates, timer, {})
+
+
+def rates_row(session: Session) -> dict:
+    """The rates that a profile's times stand beside, with facts about the machine."""
+    return {"what": "rates", "device": session.device.name, "sms": session.device.sms, "library": session.conditions.library,
+            "dram_gb_s": round(session.rates.dram_gb_s, 1), "link_gb_s": round(session.rates.link_gb_s, 2), **session.facts}

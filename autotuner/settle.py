@@ -1,0 +1,71 @@
+"""From a target to settings that hold: choose, measure the choice afresh, and choose again with less if it takes too long."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from decide import Target
+from phases import Setting
+from profiling import Profiler, refine
+from shapes import Layer
+from timings import Timings
+
+ATTEMPTS = 6
+FRESH = 3  # fresh measurements of base and choice, taken in turn so that both see the same clocks
+
+Decision = Callable[[Timings, Target], Mapping[Layer, Setting]]
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Settings, with times of one layer in microseconds. ``measured`` is None where there is nothing to measure with."""
+
+    settings: dict[Layer, Setting]
+    base: dict[Layer, float]
+    predicted: dict[Layer, float]
+    measured: dict[Layer, float] | None
+    predicted_percent: float
+    measured_percent: float | None
+
+    def unmeasured(self) -> "Settled":
+        return replace(self, measured=None, measured_percent=None)
+
+
+def settle(timings: Timings, profiler: Profiler | None, decision: Decision, target: Target) -> Settled:
+    """Choose for ``target``; with a ``profiler`` measure the choice afresh until it keeps the target.
+
+    Without one, the choice rests on the saved rows alone.
+    """
+    if profiler is None:
+        return _predicted(timings, dict(decision(timings, target)), target)
+    allowed = target
+    for _ in range(ATTEMPTS):
+        refine(profiler, [lambda table, allowed=allowed: decision(table, allowed)])
+        settled = _measured(timings, profiler, dict(decision(timings, allowed)), target)
+        excess = settled.measured_percent - target.percent
+        if excess <= 0:
+            break
+        allowed = replace(allowed, percent=max(0.0, allowed.percent - 1.1 * excess))
+    return settled
+
+
+def _measured(timings: Timings, profiler: Profiler, settings: dict[Layer, Setting], target: Target) -> Settled:
+    before = _predicted(timings, settings, target)
+    base, measured = {}, {}
+    for layer, setting in settings.items():
+        pairs = [(profiler.measure(layer, 0, 0, again=True).us, profiler.measure(layer, setting.n_tb, setting.k_chunk, again=True).us)
+                 for _ in range(FRESH)]
+        base[layer], measured[layer] = (sorted(times)[FRESH // 2] for times in zip(*pairs))
+        if setting.k_chunk == 0:
+            measured[layer] = base[layer]
+    percent = target.slowdown_percent(_total(base), _total(measured))
+    return replace(before, measured=measured, measured_percent=percent)
+
+
+def _predicted(timings: Timings, settings: dict[Layer, Setting], target: Target) -> Settled:
+    base = {layer: timings.base(layer) for layer in settings}
+    predicted = {layer: timings.time(layer, setting.n_tb, setting.k_chunk) for layer, setting in settings.items()}
+    return Settled(settings, base, predicted, None, target.slowdown_percent(_total(base), _total(predicted)), None)
+
+
+def _total(us: Mapping[Layer, float]) -> float:
+    return sum(layer.count * time for layer, time in us.items())

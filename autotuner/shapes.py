@@ -1,0 +1,108 @@
+"""What is tuned: the kinds of linear layer of a model, fused as the decoder runs them."""
+
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from decdec import artifacts, packing
+from decdec.errors import UserError
+from decdec.models import KINDS, decoder_linears, layer_kind
+from decdec.reference import chunk_counts
+
+# hidden size, MLP width, query and key/value heads, blocks, vocabulary; head size 128
+NAMED = {"llama-3-8b": (4096, 14336, 32, 8, 32, 128256), "llama-3-70b": (8192, 28672, 64, 8, 80, 128256),
+         "phi-3-medium": (5120, 17920, 40, 10, 40, 32064), "qwen2.5-7b": (3584, 18944, 28, 4, 28, 152064)}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A kind of layer at one bit width; ``count`` of them run for each token."""
+
+    kind: str
+    bits: int
+    d_in: int
+    d_out: int
+    count: int
+    format: str = "codebook"
+    group_size: int | None = None
+    residual_bits: int = 4
+    nested: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"{self.kind} {self.bits}-bit"
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of packed base weights that one GEMV streams."""
+        if self.format == "codebook":
+            tables = self.d_out * (2 * 2**self.bits + 4)
+        else:
+            tables = 2 * 2 * self.d_out * (self.d_in // (self.group_size or self.d_in))
+        return self.d_in * self.d_out * self.bits // 8 + tables
+
+    def residual_bytes(self, k_chunk: int) -> int:
+        """Bytes of residual rows that cross the link for one token."""
+        return sum(chunk_counts(self.d_in, k_chunk)) * packing.residual_row_bytes(self.d_out, self.residual_bits)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The layers of a model, and what else identifies it. ``head_bytes``: its output head, read once a token."""
+
+    name: str
+    method: str
+    layers: tuple[Layer, ...]
+    head_bytes: int
+    weights_hash: str | None = None
+
+
+def random_weights(name: str, bits: float, format: str) -> Shapes:
+    """A known model's shapes; ``bits`` 3.5 is half of the blocks at 3 and half at 4 bits. Uniform weights have groups of 128."""
+    if name not in NAMED:
+        raise UserError(f"random-weights: expected one of {', '.join(NAMED)}, got {name!r}")
+    hidden, mlp, heads, kv_heads, blocks, vocabulary = NAMED[name]
+    widths = {"qkv": (hidden, 128 * (heads + 2 * kv_heads)), "o": (128 * heads, hidden), "gu": (hidden, 2 * mlp), "d": (mlp, hidden)}
+    parts = {int(bits): blocks} if bits == int(bits) else {int(bits): blocks - blocks // 2, int(bits) + 1: blocks // 2}
+    if set(parts) - set(packing.BASE_BITS):
+        raise UserError(f"bits: expected 2 to 4, or a half between them, got {bits:g}")
+    group = None if format == "codebook" else 128
+    layers = tuple(Layer(kind, b, *widths[kind], count, format, group) for b, count in parts.items() for kind in KINDS)
+    return Shapes(name, "random", layers, 2 * hidden * vocabulary)
+
+
+def from_folder(folder: str | Path) -> Shapes:
+    """The shapes of a DecDEC folder: layers of one block that share kind and bits are one, as the decoder fuses them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    quant = artifacts.read_quant_config(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: config.json: {str(error).splitlines()[0]}") from None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    fused = defaultdict(list)
+    for name, linear in decoder_linears(model).items():
+        fused[block_of(name), layer_kind(name), quant.bits_of(name)].append(linear)
+    sheet_path = Path(folder) / artifacts.CHEATSHEET
+    residual_bits, nested = 4, False
+    if sheet_path.is_file():
+        sheet = artifacts.load_cheatsheet(sheet_path, quant)
+        residual_bits, nested = sheet.bits, sheet.nested
+    counts = Counter((kind, bits, linears[0].in_features, sum(linear.out_features for linear in linears))
+                     for (_, kind, bits), linears in fused.items())
+    layers = tuple(Layer(*key, count, quant.format, quant.group_size, residual_bits, nested) for key, count in counts.items())
+    if len({(layer.kind, layer.bits) for layer in layers}) < len(layers):
+        raise UserError(f"{folder}: layers of one kind and bit width differ in shape; the tuner chooses by kind and bits")
+    head = model.get_output_embeddings().weight
+    return Shapes(Path(folder).resolve().name, quant.method, layers, 2 * head.numel(), quant.weights_hash)
+
+
+def block_of(name: str) -> str:
+    """Index of the decoder block that a layer belongs to: the first number in its name."""
+    number = re.search(r"\.(\d+)\.", name)
+    return number.group(1) if number else name

@@ -1,0 +1,117 @@
+"""Choose n_tb and k_chunk for each kind of layer so that decoding slows down by no more than asked: plan.json.
+
+By default the settings are those predicted to remove most loss in the time allowed; --objective paper is the paper's two phases.
+Needs a profile of run_profile.py. On the GPU of the profile (or in simulation) the choice is refined by further measurements and
+then measured afresh; elsewhere it rests on the saved rows.
+"""
+
+import argparse
+import platform
+from contextlib import ExitStack
+from pathlib import Path
+
+import decide
+import gains as gains_of
+import report
+import session as sessions
+import torch
+from decide import Target
+from profiling import Profiler
+from session import Session
+from settle import Settled, settle
+from shapes import Shapes
+from timings import Timings, read_profile
+
+from decdec import plan
+from decdec.errors import UserError, run
+from decdec.files import append_row
+from decdec.plan import Choice, Plan, Tuned
+
+
+def choices(settled: Settled) -> tuple[Choice, ...]:
+    return tuple(Choice(layer.kind, layer.bits, layer.d_in, layer.d_out, layer.count, setting.n_tb, setting.k_chunk, settled.base[layer],
+                        settled.predicted[layer], settled.measured and settled.measured[layer])
+                 for layer, setting in settled.settings.items())
+
+
+def tune(shapes: Shapes, session: Session, rows: list[dict], targets: list[Target], gains: tuple | None, profile: str) -> Plan:
+    """Settle every target and put the results together; ``gains`` as :func:`gains.read_gains` returns them."""
+    timings = Timings(shapes.layers, session.conditions, rows)
+    profiler = session.timer and Profiler(timings, session.timer, profile)
+    by_layer, unit = gains or (None, None)
+    n_limit = max(1, session.device.sms // 2)
+    tuned = []
+    for target in targets:
+        settled = settle(timings, profiler, lambda table, allowed: decide.decide(table, allowed, by_layer, n_limit), target)
+        if session.device.simulated:  # a model that agrees with itself has measured nothing
+            settled = settled.unmeasured()
+        gain = gains and float(sum(by_layer[layer][setting.k_chunk] for layer, setting in settled.settings.items()))
+        tuned.append(Tuned(target.percent, target.scope, "quality" if gains else "paper", settled.predicted_percent,
+                           settled.measured_percent, target.rest_us, gain, choices(settled)))
+    if profiler is not None:
+        profiler.warn_if_noisy()
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "library": session.conditions.library}
+    return Plan(shapes.name, shapes.method, shapes.weights_hash, session.device, session.conditions.selection,
+                session.rates.dram_gb_s, session.rates.link_gb_s, unit, versions, tuple(tuned))
+
+
+def rest_us(arguments: argparse.Namespace, shapes: Shapes, session: Session, base_us: float) -> float:
+    """Time of a token outside the linear layers."""
+    if arguments.token_ms is None:
+        if not session.device.simulated:
+            raise UserError("token-ms: an end-to-end target needs the milliseconds of a token without compensation "
+                            "(generate.py --k-chunk 0 prints tokens a second)")
+        # The output head is nearly all of it in a decoder that runs as one graph.
+        return shapes.head_bytes / (session.rates.dram_gb_s * 1e3)
+    rest = 1e3 * arguments.token_ms - base_us
+    if rest < 0:
+        raise UserError(f"token-ms: the linear layers alone take {base_us / 1e3:.2f} ms a token, got {arguments.token_ms:g}")
+    return rest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sessions.add_arguments(parser)
+    parser.add_argument("--sms", type=int, help="tune for so many SMs of the GPU")
+    parser.add_argument("--saved", action="store_true", help="tune from the saved rows alone, for the GPU they were measured on")
+    parser.add_argument("--target", type=float, nargs="+", default=[5.0], metavar="PERCENT", help="allowed slow-downs (default 5)")
+    parser.add_argument("--scope", choices=decide.SCOPES, default="kernel",
+                        help="slow-down of the linear layers' kernels (default, the paper's) or of a whole token")
+    parser.add_argument("--token-ms", type=float, help="time of a token without compensation, for the end-to-end scope")
+    parser.add_argument("--objective", choices=decide.OBJECTIVES,
+                        help="quality (default where the folder has calibration data) or the paper's phases")
+    parser.add_argument("--out", help=f"plan to write (default {plan.PLAN} in the folder)")
+    parser.add_argument("--rows", metavar="FILE", help="also append one JSON line for each target and kind of layer")
+    arguments = parser.parse_args()
+    if min(arguments.target) <= 0:
+        raise UserError(f"target: expected percentages above 0, got {min(arguments.target):g}")
+    if arguments.out is None and arguments.model is None:
+        raise UserError("out: random weights have no folder; say where the plan goes")
+
+    shapes, rows = sessions.model_shapes(arguments), read_profile(arguments.profile)
+    gains = None
+    if arguments.objective != "paper" and arguments.model is not None:
+        gains = gains_of.read_gains(arguments.model, shapes.layers)
+    if gains is None and arguments.objective == "quality":
+        raise UserError("objective: quality needs calibration data: a folder with gains.safetensors (measure_gains.py), "
+                        "or with thresholds.pt and cheatsheet.pt")
+    with ExitStack() as stack:
+        if arguments.saved:
+            session = sessions.saved_session(arguments, arguments.sms)
+        else:
+            session = stack.enter_context(sessions.open_session(arguments, arguments.sms))
+        rest = 0.0
+        if arguments.scope == "end-to-end":
+            rest = rest_us(arguments, shapes, session, decide.total_us(Timings(shapes.layers, session.conditions, rows)))
+        targets = [Target(percent, arguments.scope, rest) for percent in arguments.target]
+        made = tune(shapes, session, rows, targets, gains, arguments.profile)
+    out = Path(arguments.out or Path(arguments.model) / plan.PLAN)
+    plan.save_plan(out, made)
+    for row in report.rows(made) if arguments.rows else ():
+        append_row(arguments.rows, row)
+    print(report.text(made))
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    run(main)
