@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from decdec.errors import UserError
@@ -20,8 +21,14 @@ def load_model(source: str, dtype: torch.dtype | str = "auto"):
     check_source(source)
     try:
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"model: {source!r} could not be loaded: {str(error).splitlines()[0]}") from None
+
+
+def original_of(folder: str | Path, base_model: str) -> str:
+    """The source of a quantized folder's original: its ``base_model`` is a hub id, or a path relative to the folder."""
+    beside = Path(folder) / base_model
+    return str(beside) if beside.is_dir() else base_model
 
 
 def load_tokenizer(source: str):

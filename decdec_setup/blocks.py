@@ -1,0 +1,114 @@
+"""Running a model's decoder blocks one at a time over calibration samples.
+
+A block is called with the very arguments that the model itself passed it, so no architecture is known here. The model stays
+where and as it is; the block at work is a float32 copy on the chosen device.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from decdec.models import decoder_blocks
+
+
+class _Reached(Exception):
+    """The first block was reached: the rest of the model need not run."""
+
+
+class BlockRunner:
+    """The decoder blocks of ``model`` and their inputs over ``samples`` (int64 ``(samples, length)``).
+
+    Everything outside the blocks (embeddings, rotary tables, final norm, head) is moved to ``device`` in float32.
+    """
+
+    def __init__(self, model: nn.Module, samples: Tensor, device: str | torch.device = "cpu"):
+        self.model, self.samples, self.device = model, samples, torch.device(device)
+        self.prefix, self.blocks = decoder_blocks(model)
+        # Hidden states wait in the precision the model itself was published in.
+        self.dtype = next(self.blocks.parameters()).dtype
+        inside = {id(tensor) for tensor in (*self.blocks.parameters(), *self.blocks.buffers())}
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.requires_grad_(False)
+            if id(tensor) not in inside:
+                tensor.data = tensor.data.to(self.device, torch.float32 if tensor.is_floating_point() else None)
+        self._calls: list[tuple[tuple, dict]] = []
+
+    def embed(self) -> list[Tensor]:
+        """The first block's input for every sample, each ``(1, length, d_model)``; also learns how each block is called."""
+        self._learn_calls()
+        hidden = []
+
+        def reach(block: nn.Module, args: tuple, kwargs: dict) -> None:
+            hidden.append(_hidden_of(args, kwargs).to(self.dtype))
+            raise _Reached
+
+        hook = self.blocks[0].register_forward_pre_hook(reach, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                for sample in self.samples:
+                    with contextlib.suppress(_Reached):
+                        self._forward(sample)
+        finally:
+            hook.remove()
+        return hidden
+
+    def copy_block(self, index: int) -> nn.Module:
+        """A float32 copy of one block on the device."""
+        return copy.deepcopy(self.blocks[index]).to(self.device, torch.float32)
+
+    def call(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Output of block ``index`` (``block`` is it, or its copy) for one sample's hidden states, float32."""
+        args, kwargs = self._calls[index]
+        hidden = hidden.to(self.device, torch.float32)
+        output = block(*((hidden, *args[1:]) if args else ()), **(kwargs if args else kwargs | {"hidden_states": hidden}))
+        return output[0] if isinstance(output, tuple) else output
+
+    def logits(self, hidden: Tensor, sample: Tensor) -> Tensor:
+        """Logits ``(length, vocabulary)`` that follow from the last block's output ``hidden``."""
+        with self._pass_through(lambda index, value: hidden if index == len(self.blocks) - 1 else value):
+            return self._forward(sample).logits[0]
+
+    def _forward(self, sample: Tensor):
+        return self.model(input_ids=sample[None].to(self.device), use_cache=False)
+
+    def _learn_calls(self) -> None:
+        def passed(index: int, value: Tensor) -> Tensor:
+            return value
+
+        hooks = [block.register_forward_pre_hook(lambda _, args, kwargs: self._calls.append((args, kwargs)), with_kwargs=True)
+                 for block in self.blocks]
+        self._calls.clear()
+        try:
+            with torch.no_grad(), self._pass_through(passed):
+                self._forward(self.samples[0])
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextlib.contextmanager
+    def _pass_through(self, output: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+        """Let every block return ``output(index, its input)`` without computing anything."""
+        def replace(index: int) -> Callable:
+            def forward(*args, **kwargs):
+                return output(index, _hidden_of(args, kwargs))
+            return forward
+
+        try:
+            for index, block in enumerate(self.blocks):
+                block.forward = replace(index)
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+
+def _hidden_of(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def block_linears(runner: BlockRunner, index: int, block: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of a block (or of its copy) by their full names in the model."""
+    return {f"{runner.prefix}.{index}.{name}": module for name, module in block.named_modules() if isinstance(module, nn.Linear)}

@@ -1,0 +1,136 @@
+"""Writes the residuals of a quantized model, what DecDEC fetches from CPU memory: cheatsheet.pt.
+
+Either of a folder made by quantize.py, or (--original, --quantized) of any two Hugging Face folders, the second holding
+fake-quantized weights. For AWQ the original is the scaled one, rebuilt from the base model.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from decdec import reference
+from decdec.artifacts import CHEATSHEET, Cheatsheet, QuantConfig, load_cheatsheet, read_quant_config, save_cheatsheet
+from decdec.errors import UserError, run
+from decdec.files import tensors_hash
+from decdec.models import decoder_blocks, decoder_linears, load_model, original_of
+from decdec.original import save_original_cheatsheet
+from decdec.packing import RESIDUAL_BITS
+from decdec.residual import pack_layer
+
+from scaling import read_scaling, scaled_state
+
+LAYOUTS = ("decdec", "original")
+
+
+def make_cheatsheet(folder: str | Path, model: str | None = None, bits: int = 4, nested: bool = False, layout: str = "decdec",
+                    out: str | Path | None = None) -> Path | None:
+    """Write the cheatsheet of a folder made by quantize.py; returns its path, None if it was there already."""
+    _check(bits, nested, layout)
+    folder = Path(folder)
+    quant = read_quant_config(folder)
+    if nested and quant.format != "uniform":
+        raise UserError(f"nested: expected a uniform base (awq or rtn), whose grid has a step; {folder} holds {quant.format}")
+    out = Path(out) if out else folder / (CHEATSHEET if layout == "decdec" else f"original/{CHEATSHEET}")
+    if layout == "decdec" and _is_there(out, quant, bits, nested):
+        return None
+    original = load_model(model or original_of(folder, quant.base_model))
+    layers = _packed_layers(folder, quant, decoder_linears(original), nested)
+    return _write(out, layers, len(decoder_linears(original)), quant, bits, nested, layout, decoder_blocks(original)[0])
+
+
+def make_from_two_folders(original: str, quantized: str, out: str | Path, bits: int = 4, layout: str = "decdec") -> Path:
+    """Write the cheatsheet of ``quantized``, a model folder of fake-quantized weights, against ``original``."""
+    _check(bits, False, layout)
+    base, fake = load_model(original), load_model(quantized)
+    weights = {name: module.weight.detach() for name, module in decoder_linears(fake).items()}
+    for name, module in decoder_linears(base).items():
+        if name not in weights or weights[name].shape != module.weight.shape:
+            raise UserError(f"quantized: {quantized}: expected {name} of shape {tuple(module.weight.shape)} as in {original}")
+    quant = QuantConfig(method="fake", format="uniform", bits=4, group_size=None, base_model=Path(original).name,
+                        weights_hash=tensors_hash(weights.items()))
+    layers = ((name, module.weight.detach().float() - weights[name].float(), None)
+              for name, module in decoder_linears(base).items())
+    return _write(Path(out), layers, len(weights), quant, bits, False, layout, decoder_blocks(base)[0])
+
+
+def _check(bits: int, nested: bool, layout: str) -> None:
+    allowed = tuple(b for b in RESIDUAL_BITS if (b < 8 if nested else b > 1))
+    if bits not in allowed:
+        raise UserError(f"bits: expected one of {allowed}{' for nested residuals' if nested else ''}, got {bits}")
+    if layout not in LAYOUTS:
+        raise UserError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if layout == "original" and (bits != 4 or nested):
+        raise UserError("layout: the original's holds 4-bit residuals with a scale per output channel only")
+
+
+def _is_there(path: Path, quant: QuantConfig, bits: int, nested: bool) -> bool:
+    try:
+        sheet = load_cheatsheet(path, quant)
+    except UserError:
+        return False
+    return (sheet.bits, sheet.nested) == (bits, nested)
+
+
+def _packed_layers(folder: Path, quant: QuantConfig, linears: dict, nested: bool) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """``(layer, original minus quantized in float32, the base's own scales if nested)`` of every layer."""
+    scaling = read_scaling(folder)
+    weights = folder / "model.safetensors"
+    try:
+        with safe_open(weights, "pt") as packed:
+            for name, module in linears.items():
+                parts = (packed.get_tensor(f"{name}.{part}") for part in
+                         (("qweight", "codebook", "scale") if quant.format == "codebook" else ("qweight", "scales", "zeros")))
+                qweight, first, second = parts
+                dequantize = reference.codebook_dequantize if quant.format == "codebook" else reference.uniform_dequantize
+                dense = dequantize(qweight, first, second, module.in_features, torch.float32)
+                if dense.shape != module.weight.shape:
+                    raise UserError(f"model: {name} is {tuple(module.weight.shape)} in the original and {tuple(dense.shape)} in "
+                                    f"{folder}; give the model that was quantized")
+                original = scaled_state(f"{name}.weight", module.weight.detach(), scaling).float()
+                yield name, original - dense, first if nested else None
+    except (SafetensorError, FileNotFoundError, ValueError) as error:
+        raise UserError(f"{weights}: expected the packed weights of this model ({error})") from None
+
+
+def _write(out: Path, layers: Iterator[tuple[str, Tensor, Tensor | None]], count: int, quant: QuantConfig, bits: int,
+           nested: bool, layout: str, prefix: str) -> Path:
+    residual, scale = {}, {}
+    for name, difference, base_scales in tqdm(layers, total=count, desc="residuals", unit="layer"):
+        residual[name], scale[name] = pack_layer(difference, bits, base_scales)
+    if layout == "original":
+        save_original_cheatsheet(out, residual, scale, prefix)
+    else:
+        save_cheatsheet(out, Cheatsheet(bits, nested, residual, scale), quant)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="folder made by quantize.py")
+    parser.add_argument("--model", help="original model, if it is no longer where quantize.py found it")
+    parser.add_argument("--bits", type=int, default=4, help="residual bits: 2, 4, 8 or 16; nested 1, 2 or 4 (default %(default)s)")
+    parser.add_argument("--nested", action="store_true", help="split the base grid's own step instead (uniform bases)")
+    parser.add_argument("--layout", default="decdec", help="decdec, or original: the paper's artifact's (default %(default)s)")
+    parser.add_argument("--original", help="with --quantized: folder of the original model")
+    parser.add_argument("--quantized", help="with --original: folder of the model with fake-quantized weights")
+    parser.add_argument("--out", metavar="FILE", help=f"file to write; default {CHEATSHEET} in FOLDER (original/{CHEATSHEET} "
+                                                      "in the original's layout)")
+    args = parser.parse_args()
+    if args.folder and not (args.original or args.quantized):
+        wrote = make_cheatsheet(args.folder, args.model, args.bits, args.nested, args.layout, args.out)
+    elif args.original and args.quantized and args.out and not args.folder and not args.nested:
+        wrote = make_from_two_folders(args.original, args.quantized, args.out, args.bits, args.layout)
+    else:
+        raise UserError("expected FOLDER, or --original, --quantized and --out (and then no --nested)")
+    print(json.dumps({"wrote": str(wrote), "bytes": wrote.stat().st_size}) if wrote else
+          f"{args.out or args.folder} already holds this cheatsheet; nothing to do")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,137 @@
+"""The folder that quantize.py writes: found finished, resumed from its parts, or put together at the end."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from decdec.artifacts import QuantConfig
+from decdec.errors import UserError
+from decdec.files import atomic, config_hash, read_json, tensors_hash, write_json
+from decdec.models import check_source, decoder_linears
+
+from scaling import SCALING, scaled_state, split_scaling
+
+COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+          "generation_config.json")
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder; its files are moved into ``path`` when the block succeeds, ``config.json`` last."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        path.mkdir(exist_ok=True)
+        # A reader takes a folder with a config.json for a whole model.
+        (path / "config.json").unlink(missing_ok=True)
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+            with atomic(path / file.name) as target:  # gives it the user's own file mode, too
+                os.replace(file, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def local_folder(source: str) -> Path:
+    """The folder of a model given as a folder or a hub id (downloaded once by the hub's own cache)."""
+    check_source(source)
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]))
+    except Exception as error:  # the hub client raises many kinds; whichever, the user can only name another model
+        raise UserError(f"model: expected a model folder or a hub id that can be reached, got {source!r} "
+                        f"({type(error).__name__})") from None
+
+
+def model_identity(folder: Path) -> dict:
+    """What tells one original model from another without reading its weights."""
+    weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.safetensors"))]
+    return {"config": read_json(folder / "config.json"), "weights": weights}
+
+
+class QuantizedFolder:
+    """One quantization, known by the hash of ``identity``, on its way into the folder ``out``.
+
+    Finished blocks lie in ``out/.parts/HASH-BLOCK.safetensors`` until :meth:`finish` puts them together.
+    """
+
+    def __init__(self, out: str | Path, identity: dict):
+        self.out = Path(out)
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"out: expected a folder, got the file {str(out)!r}")
+        self.hash = config_hash(identity)
+        self._parts = self.out / ".parts"
+
+    def finished(self) -> bool:
+        """Whether ``out`` already holds exactly this quantization."""
+        path = self.out / "config.json"
+        if not path.is_file() or not (self.out / "model.safetensors").is_file():
+            return False
+        return read_json(path).get("quantization_config", {}).get("calibration", {}).get("config_hash") == self.hash
+
+    def _part(self, block: int) -> Path:
+        return self._parts / f"{self.hash}-{block:04d}.safetensors"
+
+    def has_part(self, block: int) -> bool:
+        return self._part(block).is_file()
+
+    def save_part(self, block: int, tensors: dict[str, Tensor]) -> None:
+        save_tensors(self._part(block), tensors)
+
+    def finish(self, model: nn.Module, source: Path, blocks: int, quant: QuantConfig) -> QuantConfig:
+        """Write the folder from the parts of all ``blocks`` and the unquantized rest of ``model``; returns the full config."""
+        tensors: dict[str, Tensor] = {}
+        for block in range(blocks):
+            tensors |= load_file(self._part(block))
+        packed, scaling = split_scaling(tensors)
+        content = quant.to_dict() | {"weights_hash": tensors_hash(sorted(packed.items())),
+                                     "calibration": quant.calibration | {"config_hash": self.hash}}
+        with atomic_folder(self.out) as folder:
+            for pattern in COPIED:
+                for file in source.glob(pattern):
+                    shutil.copyfile(file, folder / file.name)
+            save_tensors(folder / "model.safetensors", unquantized(model, scaling) | packed)
+            if scaling:
+                save_tensors(folder / SCALING, scaling)
+            write_json(folder / "config.json", read_json(source / "config.json") | {"quantization_config": content})
+        if not scaling:
+            (self.out / SCALING).unlink(missing_ok=True)
+        shutil.rmtree(self._parts)
+        return QuantConfig.from_dict(content)
+
+
+def unquantized(model: nn.Module, scaling: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor of ``model`` but the weights of its decoder's linear layers, scaled; tied tensors once."""
+    quantized = {f"{name}.weight" for name in decoder_linears(model)}
+    kept, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        if name not in quantized and (tensor.data_ptr() not in seen or tensor.numel() == 0):
+            seen.add(tensor.data_ptr())
+            kept[name] = scaled_state(name, tensor, scaling).to(tensor.dtype).contiguous()
+    return kept
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    with atomic(path) as temporary:
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise UserError(f"{path}: could not be written: {error}") from None
+
+
+def summary(out: Path) -> str:
+    """What a finished folder holds, as one JSON line."""
+    files = {file.name: file.stat().st_size for file in sorted(out.iterdir()) if file.is_file()}
+    return json.dumps({"wrote": str(out), "files": files})

@@ -1,0 +1,48 @@
+"""AWQ's scales, folded into the layers: kept as vectors, so that the scaled original can be rebuilt from the base model.
+
+``scaling.safetensors`` holds, for modules whose weight was scaled, ``NAME.input_scale`` (``d_in`` columns) and
+``NAME.output_scale`` (``d_out`` rows, or the channels of a norm), both float32: the scaled weight is
+``output_scale[:, None] * W * input_scale[None, :]``, a bias is multiplied by ``output_scale``.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+SCALING = "scaling.safetensors"
+_SUFFIXES = (".input_scale", ".output_scale")
+
+
+def split_scaling(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """``(the rest, the scale vectors)`` of a dict of tensors."""
+    scaling = {name: tensor for name, tensor in tensors.items() if name.endswith(_SUFFIXES)}
+    return {name: tensor for name, tensor in tensors.items() if name not in scaling}, scaling
+
+
+def read_scaling(folder: str | Path) -> dict[str, Tensor]:
+    """The scale vectors of a quantized folder; none where the method does not scale."""
+    path = Path(folder) / SCALING
+    return load_file(path) if path.is_file() else {}
+
+
+def scaled_state(name: str, tensor: Tensor, scaling: dict[str, Tensor]) -> Tensor:
+    """The scaled form of the state-dict entry ``name``; in float32 if it is scaled, else the tensor itself."""
+    module, _, kind = name.rpartition(".")
+    rows = scaling.get(f"{module}.output_scale")
+    columns = scaling.get(f"{module}.input_scale") if kind == "weight" else None
+    if rows is not None:
+        rows = rows.to(tensor.device)
+        tensor = tensor.float() * (rows[:, None] if tensor.dim() == 2 else rows)
+    if columns is not None:
+        tensor = tensor.float() * columns.to(tensor.device)
+    return tensor
+
+
+@torch.no_grad()
+def scale_model(model: nn.Module, scaling: dict[str, Tensor]) -> nn.Module:
+    """Turn the base model into the scaled original, in place: the same function, with the weights AWQ quantized."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tensor.copy_(scaled_state(name, tensor, scaling))
+    return model

@@ -1,0 +1,129 @@
+"""Writes what calibration text shows of every linear layer's input: thresholds.pt.
+
+For each rank the largest value that the rank-th largest |x| of a token took, from which the bucket boundaries of any k_chunk
+follow, and the mean of x^2 per channel, the static ranking. Taken from the original model; for AWQ from the scaled one, whose
+layers see ``x / input_scale``.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from decdec.artifacts import THRESHOLDS, Thresholds, load_thresholds, read_quant_config, save_thresholds
+from decdec.errors import UserError, run
+from decdec.models import load_model, load_tokenizer, original_of
+from decdec.original import save_original_thresholds
+from decdec.text import calibration_samples, load_text
+
+from awq import find_groups
+from blocks import BlockRunner
+from scaling import read_scaling
+
+LAYOUTS = ("decdec", "original")
+
+
+class _Seen:
+    """Running statistics of one input: ``largest`` by rank and the sum of squares, both ``(d_in,)``."""
+
+    def __init__(self, input_scale: Tensor | None):
+        self.input_scale = input_scale
+        self.largest = self.squares = None
+        self.tokens = 0
+
+    def see(self, x: Tensor) -> None:
+        x = x.detach().flatten(0, -2)
+        if self.input_scale is not None:
+            x = x / self.input_scale
+        ranked = _sorted(x.abs()).amax(0).flip(0)
+        squares = x.square().sum(0)
+        self.largest = ranked if self.largest is None else torch.maximum(self.largest, ranked)
+        self.squares = squares if self.squares is None else self.squares + squares
+        self.tokens += len(x)
+
+
+def _sorted(x: Tensor) -> Tensor:
+    """Rows of ``x`` ascending. On a CPU by numpy, whose vectorised sort takes a tenth of torch's time, which sorts indices too."""
+    if x.device.type != "cpu":
+        return torch.sort(x, dim=1).values
+    x.numpy().sort(axis=1)
+    return x
+
+
+@torch.no_grad()
+def collect(runner: BlockRunner, scaling: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """``(largest, mean_square)`` of every decoder linear over the runner's samples, one block at a time."""
+    largest: dict[str, Tensor] = {}
+    mean_square: dict[str, Tensor] = {}
+    hidden = runner.embed()
+    for index in tqdm(range(len(runner.blocks)), desc="thresholds", unit="block"):
+        block = runner.copy_block(index)
+        watched, hooks = [], []
+        for group in find_groups(runner, index, block, hidden[0]):
+            name, module = next(iter(group.linears.items()))
+            scale = scaling.get(f"{name}.input_scale")
+            seen = _Seen(None if scale is None else scale.to(runner.device))
+            hooks.append(module.register_forward_pre_hook(lambda _, args, seen=seen: seen.see(args[0])))
+            watched.append((group, seen))
+        hidden = [runner.call(index, block, state).to(runner.dtype) for state in hidden]
+        for hook in hooks:
+            hook.remove()
+        for group, seen in watched:
+            for name in group.linears:
+                largest[name] = seen.largest.cpu()
+                mean_square[name] = (seen.squares / seen.tokens).cpu()
+    return largest, mean_square
+
+
+def make_thresholds(folder: str | Path, model: str | None = None, text: str = "c4", samples: int = 100, length: int = 512,
+                    seed: int = 0, layout: str = "decdec", out: str | Path | None = None, device: str = "cpu") -> Path | None:
+    """Write the thresholds of a folder made by quantize.py; returns their path, None if they were there already."""
+    if layout not in LAYOUTS:
+        raise UserError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+    folder = Path(folder)
+    quant = read_quant_config(folder)
+    out = Path(out) if out else folder / (THRESHOLDS if layout == "decdec" else f"original/{THRESHOLDS}")
+    documents = load_text(text, "calibration")
+    calibration = {"text": documents.name, "text_hash": documents.hash, "samples": samples, "length": length, "seed": seed}
+    if layout == "decdec" and out.is_file():
+        try:
+            if load_thresholds(out, quant).calibration == calibration:
+                return None
+        except UserError:
+            pass  # made for other weights, or damaged: made again below
+    source = model or original_of(folder, quant.base_model)
+    tokens = calibration_samples(documents, load_tokenizer(source), samples, length, seed)
+    runner = BlockRunner(load_model(source), tokens, device)
+    largest, mean_square = collect(runner, read_scaling(folder))
+    if layout == "original":
+        save_original_thresholds(out, largest, runner.prefix)
+    else:
+        save_thresholds(out, Thresholds(calibration, largest, mean_square), quant)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="FOLDER", help="folder made by quantize.py")
+    parser.add_argument("--model", help="original model, if it is no longer where quantize.py found it")
+    parser.add_argument("--text", default="c4", help="calibration text: c4, wikitext, pydoc or a file (default %(default)s)")
+    parser.add_argument("--samples", type=int, default=100, help="calibration samples (default %(default)s)")
+    parser.add_argument("--length", type=int, default=512, help="tokens a sample (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="draws the samples (default %(default)s)")
+    parser.add_argument("--layout", default="decdec", help="decdec, or original: the paper's artifact's (default %(default)s)")
+    parser.add_argument("--out", metavar="FILE", help=f"file to write; default {THRESHOLDS} in FOLDER (original/{THRESHOLDS} in "
+                                                      "the original's layout)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="where the block at work is held (default %(default)s)")
+    args = parser.parse_args()
+    wrote = make_thresholds(args.folder, args.model, args.text, args.samples, args.length, args.seed, args.layout, args.out,
+                            args.device)
+    print(json.dumps({"wrote": str(wrote), "bytes": wrote.stat().st_size}) if wrote else
+          f"{args.out or args.folder} already holds these thresholds; nothing to do")
+
+
+if __name__ == "__main__":
+    run(main)
