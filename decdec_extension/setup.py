@@ -1,8 +1,8 @@
 """Builds the ops of DecDEC into one library, ``decdec/_ops.so``, with ninja.
 
-The library uses torch's stable ABI and no symbol of Python, so one file serves any Python and torch 2.11 or later. The CPU
-ops are always in it. The CUDA ops are added where ``nvcc`` is found and torch was built for CUDA; they need of it nothing
-but the stable ABI. Environment variables:
+The library uses torch's stable ABI and no symbol of Python, so one file serves any Python and torch 2.11 or later. The
+CPU ops are always in it. The CUDA ops are added where ``nvcc`` is found and torch was built for CUDA; they need of it
+nothing but the stable ABI. Environment variables:
 
 ``DECDEC_CUDA``           0: never build the CUDA ops; 1: build them even if this torch has no CUDA
 ``DECDEC_CPU_ARCH``       ``-march`` of the CPU ops; default ``native``, since the library runs where it is built
@@ -14,8 +14,10 @@ but the stable ABI. Environment variables:
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -86,19 +88,24 @@ def escape(path: Path | str) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
+def argument(flag: str, path: Path | str) -> str:
+    """A flag with a path as ninja hands it to the shell."""
+    return shlex.quote(f"{flag}{path}").replace("$", "$$")
+
+
 def ninja_file(output: Path, objects: Path) -> str:
     """The text of the build file that makes ``output`` from the sources, with object files below ``objects``."""
     nvcc = find_nvcc()
     lib = Path(torch.__file__).parent / "lib"
     cxx = os.environ.get("CXX", "g++")
-    includes = " ".join([f"-I{escape(CSRC)}"] + [f"-isystem {escape(p)}" for p in include_paths()])
+    includes = " ".join([argument("-I", CSRC)] + [argument("-isystem", path) for path in include_paths()])
     common = f"-O3 -std=c++20 -DTORCH_TARGET_VERSION={TARGET_VERSION} {includes}"
     cpu_arch = os.environ.get("DECDEC_CPU_ARCH", "native")
     cxxflags = f"{common} -fPIC -fvisibility=hidden -Wall -Wextra"
     # libtorch.so brings libtorch_cuda.so where there is one, and with it the CUDA stream (binding/current_stream.h).
-    ldflags = f"-L{escape(lib)} -Xlinker --no-as-needed -ltorch -ltorch_cpu"
+    ldflags = f"{argument('-L', lib)} -Xlinker --no-as-needed -ltorch -ltorch_cpu"
     sources = sorted((CSRC / "cpu").rglob("*.cpp")) + sorted((CSRC / "binding").rglob("*.cpp"))
-    cuda = [s for folder in ("kernels", "launch") for s in sorted((CSRC / folder).rglob("*.cu"))]
+    cuda = [s for folder in ("kernels", "launch") for s in sorted((CSRC / folder).rglob("*.c*")) if s.suffix != ".cuh"]
     cuda += [s for s in sources if s.name.startswith("cuda_")]
     sources = [s for s in sources if s not in cuda]
     lines = [RULES, f"cxx = {cxx}", f"cxxflags = {cxxflags}{' -DDECDEC_WITH_CUDA' if nvcc else ''}"]
@@ -118,7 +125,8 @@ def ninja_file(output: Path, objects: Path) -> str:
         built.append(escape(objects / relative) + ".o")
         lines.append(f"build {built[-1]}: {'nvcc' if source in cuda else 'cxx'} {escape(source)}")
         if relative.parts[0] == "cpu":
-            lines.append(f"  cxxflags = $cxxflags -march={cpu_arch} -Wno-psabi -Wno-maybe-uninitialized")  # GCC 12 warns in its own headers
+            # GCC 12 warns in its own headers of AVX-512.
+            lines.append(f"  cxxflags = $cxxflags -march={cpu_arch} -Wno-psabi -Wno-maybe-uninitialized")
     lines.append(f"build {escape(output)}: link {' '.join(built)}")
     return "\n".join(lines) + "\n"
 
@@ -135,13 +143,14 @@ class NinjaBuild(build_ext):
         objects.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         (objects / "build.ninja").write_text(ninja_file(output, objects))
+        # Beside the interpreter first: a virtual environment need not be on PATH.
+        ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+        if ninja is None:
+            raise SystemExit("decdec: the build needs ninja: pip install ninja")
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        try:
-            subprocess.run(["ninja", *jobs], cwd=objects, check=True)
-        except FileNotFoundError:
-            raise SystemExit("decdec: the build needs ninja: pip install ninja") from None
-        except subprocess.CalledProcessError as error:
-            raise SystemExit(f"decdec: ninja ended with status {error.returncode}; the compiler's message is above") from None
+        status = subprocess.run([ninja, *jobs], cwd=objects).returncode
+        if status:
+            raise SystemExit(f"decdec: ninja ended with status {status}; the compiler's message is above")
 
 
 if platform.system() != "Linux":

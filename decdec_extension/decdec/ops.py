@@ -81,8 +81,8 @@ def codebook_gemv_compensated(x: Tensor, qweight: Tensor, codebook: Tensor, scal
     ``n_tb`` thread blocks fetch while the others run the base GEMV (section 4.3); the CPU ignores it. ``workspace``
     (:func:`workspace_bytes`) is all zero between calls; calls that may overlap need one each. Deterministic.
     """
-    return _ops.codebook_gemv_compensated(x.contiguous(), qweight, codebook, scale, bias, residual, residual_scale, residual_bits,
-                                         nested, k_chunk, b_0, b_15, center, n_tb, workspace)
+    return _ops.codebook_gemv_compensated(x.contiguous(), qweight, codebook, scale, bias, residual, residual_scale,
+                                         residual_bits, nested, k_chunk, b_0, b_15, center, n_tb, workspace)
 
 
 def uniform_gemv_compensated(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None,
@@ -90,8 +90,8 @@ def uniform_gemv_compensated(x: Tensor, qweight: Tensor, scales: Tensor, zeros: 
                              k_chunk: int, b_0: float | None = None, b_15: float | None = None,
                              center: Tensor | None = None, n_tb: int = 8, workspace: Tensor | None = None) -> Tensor:
     """Compensated GEMV of group-wise uniform weights; see :func:`codebook_gemv_compensated`."""
-    return _ops.uniform_gemv_compensated(x.contiguous(), qweight, scales, zeros, bias, residual, residual_scale, residual_bits,
-                                         nested, k_chunk, b_0, b_15, center, n_tb, workspace)
+    return _ops.uniform_gemv_compensated(x.contiguous(), qweight, scales, zeros, bias, residual, residual_scale,
+                                         residual_bits, nested, k_chunk, b_0, b_15, center, n_tb, workspace)
 
 
 def _fake(name):

@@ -1,4 +1,4 @@
-"""Random packed weights and residuals, each with the float64 matrix that it stands for, computed here and not by decdec."""
+"""Random packed weights and residuals, each with the float64 matrix it stands for, computed here and not by decdec."""
 
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ def _seed():
 
 @pytest.fixture
 def make_base():
-    """``make_base(form, d_in, d_out, bits, group_size=None)``: form is codebook or uniform; no group size is one group."""
+    """``make_base(form, d_in, d_out, bits, group_size=None)``: form is codebook or uniform; no size is one group."""
 
     def make(form: str, d_in: int, d_out: int, bits: int, group_size: int | None = None) -> Base:
         codes = torch.randint(0, 2**bits, (d_out, d_in))

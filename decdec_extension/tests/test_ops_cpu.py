@@ -1,7 +1,8 @@
 """The CPU ops against the reference, where results are exact, and against float64 products, where they are rounded.
 
-Tolerance of a rounded result: twice the error of PyTorch's own product in the same precision. Where few outputs are compared
-PyTorch may be lucky, so one rounding of the output and half a float32 rounding of the sum of all |terms| are allowed besides.
+Tolerance of a rounded result: twice the error of PyTorch's own product in the same precision. Where few outputs are
+compared PyTorch may be lucky, so one rounding of the output and half a float32 rounding of the sum of all |terms| are
+allowed besides.
 """
 
 import math
@@ -26,7 +27,7 @@ def compensated(base):
 
 
 def assert_as_good(out, bias, *terms):
-    """``out`` is the sum of ``x @ dense`` over ``terms`` (x, dense), float64, and ``bias``, as precise as the tolerance asks."""
+    """``out`` is the sum of ``x @ dense`` over ``terms`` (x, dense), float64, and ``bias``, within the tolerance."""
     dtype = out.dtype
     truth = sum(x.double() @ dense for x, dense in terms)
     pytorch = sum(x.to(dtype) @ dense.to(dtype) for x, dense in terms)
@@ -49,7 +50,7 @@ def masked(x, indices, center=None):
 
 
 def group_sizes(d_in):
-    """One below a half unit of the layout, one that is a multiple of it, and one for all, as far as they divide ``d_in``."""
+    """Below a half unit of the layout, a multiple of it, and one group for all, as far as they divide ``d_in``."""
     return [next(size for size in sizes if d_in % size == 0) for sizes in ((5, 24, 1), (32, 41, 7, 50, 1), (d_in,))]
 
 
@@ -120,7 +121,7 @@ def test_nan_and_inf_are_never_selected(boundaries):
 @pytest.mark.parametrize("nested", (False, True))
 @pytest.mark.parametrize("bits", (1, 2, 4, 8, 16))
 def test_residual_gemv(make_residual, bits, nested, dtype):
-    for d_in, d_out, k, groups in ((1, 1, 1, 1), (63, 15, 8, 1), (576, 192, 60, 9), (2500, 577, 300, 1), (1024, 17, 0, 2)):
+    for d_in, d_out, k, groups in ((1, 1, 1, 1), (63, 15, 8, 1), (576, 192, 60, 9), (2500, 33, 300, 1), (8, 577, 0, 2)):
         residual = make_residual(d_in, d_out, bits, groups, nested)
         x, center = torch.randn(3, d_in).to(dtype), torch.randn(d_in)
         indices = torch.stack([torch.randperm(d_in)[:k].sort().values for _ in range(3)]).to(torch.int32)
@@ -199,7 +200,8 @@ def test_a_row_is_the_same_in_any_batch_and_with_any_threads(make_base, make_res
         for count in (1, 2):
             torch.set_num_threads(count)
             for row in range(9):
-                assert torch.equal(compensated(base)(x[row:row + 1], *base.args, None, *residual.args, 8)[0], together[row])
+                alone = compensated(base)(x[row:row + 1], *base.args, None, *residual.args, 8)
+                assert torch.equal(alone[0], together[row])
     finally:
         torch.set_num_threads(threads)
 

@@ -74,16 +74,16 @@ std::string shape_text(const Sizes& sizes) {
   return text.str();
 }
 
+inline std::string device_name(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  return (tensor.is_cuda() ? "cuda:" : "device ") + std::to_string(tensor.get_device_index());
+}
+
 // "float16 (4, 576) on cpu", as messages describe a tensor.
 inline std::string describe(const Tensor& tensor) {
   std::ostringstream text;
   text << (tensor.is_contiguous() ? "" : "non-contiguous ") << dtype_name(tensor.scalar_type()) << " "
-       << shape_text(tensor.sizes()) << " on ";
-  if (tensor.is_cpu()) {
-    text << "cpu";
-  } else {
-    text << (tensor.is_cuda() ? "cuda:" : "device ") << tensor.get_device_index();
-  }
+       << shape_text(tensor.sizes()) << " on " << device_name(tensor);
   return text.str();
 }
 
@@ -102,7 +102,7 @@ inline void check_tensor(const char* op, const char* argument, const Tensor& ten
   }
   if (ok) return;
   std::ostringstream expected;
-  expected << "contiguous " << dtype_name(dtype) << " " << shape_text(shape) << " on the device of the other arguments";
+  expected << "contiguous " << dtype_name(dtype) << " " << shape_text(shape) << " on " << device_name(like);
   fail(op, argument, expected.str(), describe(tensor));
 }
 

@@ -111,8 +111,8 @@ cpu::Selected gather(const float* x, int64_t batch, int64_t d_in, const int32_t*
 Tensor empty_like_x(const Tensor& x, int64_t d_out) { return torch::stable::new_empty(x, {x.size(0), d_out}); }
 
 // out = base product + residual product + bias, for the parts that there are.
-Tensor multiply(const Tensor& x, const cpu::BaseWeights* base, const OptionalTensor& bias, const cpu::Residual* residual,
-                const cpu::Selected* selected, int64_t d_out) {
+Tensor multiply(const Tensor& x, const cpu::BaseWeights* base, const OptionalTensor& bias,
+                const cpu::Residual* residual, const cpu::Selected* selected, int64_t d_out) {
   cpu::Gemv g{};
   g.batch = x.size(0);
   g.d_in = x.size(1);
@@ -229,8 +229,9 @@ Tensor select_channels(const Tensor& x, int64_t k_chunk, const std::optional<dou
   return out;
 }
 
-Tensor residual_gemv(const Tensor& x, const Tensor& indices, const Tensor& residual, const OptionalTensor& residual_scale,
-                     int64_t residual_bits, bool nested, int64_t d_out, const OptionalTensor& center) {
+Tensor residual_gemv(const Tensor& x, const Tensor& indices, const Tensor& residual,
+                     const OptionalTensor& residual_scale, int64_t residual_bits, bool nested, int64_t d_out,
+                     const OptionalTensor& center) {
   const char* op = "residual_gemv";
   check_x(op, x);
   check_residual(op, residual, residual_scale, residual_bits, x.size(1), d_out, x);
@@ -247,9 +248,10 @@ Tensor residual_gemv(const Tensor& x, const Tensor& indices, const Tensor& resid
 }
 
 Tensor codebook_gemv_compensated(const Tensor& x, const Tensor& qweight, const Tensor& codebook, const Tensor& scale,
-                                 const OptionalTensor& bias, const Tensor& residual, const OptionalTensor& residual_scale,
-                                 int64_t residual_bits, bool nested, int64_t k_chunk, const std::optional<double>& b_0,
-                                 const std::optional<double>& b_15, const OptionalTensor& center, int64_t n_tb,
+                                 const OptionalTensor& bias, const Tensor& residual,
+                                 const OptionalTensor& residual_scale, int64_t residual_bits, bool nested,
+                                 int64_t k_chunk, const std::optional<double>& b_0, const std::optional<double>& b_15,
+                                 const OptionalTensor& center, int64_t n_tb,
                                  const OptionalTensor& /*workspace: of the GPU alone*/) {
   const char* op = "codebook_gemv_compensated";
   check_x(op, x);
@@ -259,9 +261,10 @@ Tensor codebook_gemv_compensated(const Tensor& x, const Tensor& qweight, const T
 }
 
 Tensor uniform_gemv_compensated(const Tensor& x, const Tensor& qweight, const Tensor& scales, const Tensor& zeros,
-                                const OptionalTensor& bias, const Tensor& residual, const OptionalTensor& residual_scale,
-                                int64_t residual_bits, bool nested, int64_t k_chunk, const std::optional<double>& b_0,
-                                const std::optional<double>& b_15, const OptionalTensor& center, int64_t n_tb,
+                                const OptionalTensor& bias, const Tensor& residual,
+                                const OptionalTensor& residual_scale, int64_t residual_bits, bool nested,
+                                int64_t k_chunk, const std::optional<double>& b_0, const std::optional<double>& b_15,
+                                const OptionalTensor& center, int64_t n_tb,
                                 const OptionalTensor& /*workspace: of the GPU alone*/) {
   const char* op = "uniform_gemv_compensated";
   check_x(op, x);

@@ -12,7 +12,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace decdec {
 
-// The current cudaStream_t of a device, as a pointer; launches on it are ordered with the caller's and captured with them.
+// The current cudaStream_t of a device, as a pointer: launches on it keep the caller's order and are captured with it.
 inline void* current_stream(int32_t device_index) {
   void* stream = nullptr;
   if (aoti_torch_get_current_cuda_stream == nullptr ||

@@ -1,4 +1,7 @@
 // The schemas of decdec's ops, in the argument order of decdec/ops.py, which documents them.
+//
+// Every op is functional. A workspace is written while a call runs but is all zero before and after it, so no caller sees
+// a mutation; marked as one, it would be copied by torch.compile, and inductor (torch 2.13) fails where it is None.
 
 #include <torch/csrc/stable/library.h>
 
@@ -35,11 +38,11 @@ STABLE_TORCH_LIBRARY(decdec, m) {
   m.def(
       "codebook_gemv_compensated(Tensor x, Tensor qweight, Tensor codebook, Tensor scale, Tensor? bias, "
       "Tensor residual, Tensor? residual_scale, int residual_bits, bool nested, int k_chunk, float? b_0=None, "
-      "float? b_15=None, Tensor? center=None, int n_tb=8, Tensor(a!)? workspace=None) -> Tensor");
+      "float? b_15=None, Tensor? center=None, int n_tb=8, Tensor? workspace=None) -> Tensor");
   m.def(
       "uniform_gemv_compensated(Tensor x, Tensor qweight, Tensor scales, Tensor zeros, Tensor? bias, "
       "Tensor residual, Tensor? residual_scale, int residual_bits, bool nested, int k_chunk, float? b_0=None, "
-      "float? b_15=None, Tensor? center=None, int n_tb=8, Tensor(a!)? workspace=None) -> Tensor");
+      "float? b_15=None, Tensor? center=None, int n_tb=8, Tensor? workspace=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(decdec, CompositeExplicitAutograd, m) { m.impl("has_cuda", TORCH_BOX(&has_cuda)); }

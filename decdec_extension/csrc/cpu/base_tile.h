@@ -1,7 +1,7 @@
 // The product of one 16-row tile of base weights with up to a few rows of activations.
 //
-// Every tile row has a table of its 2**bits weights: the codebook's entries, or (code - zero) * scale of the current group.
-// A vector holds codes of kLanes / 4 rows, and one or two permutes look all of them up in those rows' tables.
+// Every tile row has a table of its 2**bits weights: the codebook's entries, or (code - zero) * scale of the current
+// group. A vector holds codes of kLanes / 4 rows, and one or two permutes look all of them up in those rows' tables.
 
 #pragma once
 
@@ -116,7 +116,8 @@ inline void multiply_half_unit(const uint32_t* unit, int s, const Tables<bits>& 
 
 // out[b][row] = product of the tile's rows with activations b (permuted, stride x_stride); out_stride floats between b.
 template <int bits, int batch>
-void multiply_tile(const BaseWeights& w, int64_t tile, const float* x, int64_t x_stride, float* out, int64_t out_stride) {
+void multiply_tile(const BaseWeights& w, int64_t tile, const float* x, int64_t x_stride, float* out,
+                   int64_t out_stride) {
   constexpr int kFlush = 16;  // half units summed in one lane before the total: short chains round less
   Tables<bits> tables;
   Sums<batch> total, sums;

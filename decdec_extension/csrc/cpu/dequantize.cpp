@@ -83,7 +83,8 @@ void dequantize_row(const Residual& r, int64_t input, ScalarType dtype, void* ou
 
 template <class Function>
 void for_each(int64_t n, int64_t weights_each, const Function& function) {
-  torch::stable::parallel_for(0, n, std::max<int64_t>(1, kWeightsPerTask / weights_each), [&](int64_t from, int64_t to) {
+  const int64_t grain = std::max<int64_t>(1, kWeightsPerTask / weights_each);
+  torch::stable::parallel_for(0, n, grain, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) function(i);
   });
 }

@@ -11,9 +11,9 @@ namespace decdec::cpu {
 
 namespace {
 
-constexpr int kMaxBatch = 4;                         // activations multiplied with a tile while its weights are in registers
-constexpr int64_t kMaxOutputs = block_outputs(1);    // outputs of the widest residual block
-constexpr int64_t kWeightsPerTask = 1 << 16;         // less is not worth waking a thread for
+constexpr int kMaxBatch = 4;                       // activations multiplied with a tile for one look-up of its weights
+constexpr int64_t kMaxOutputs = block_outputs(1);  // outputs of the widest residual block
+constexpr int64_t kWeightsPerTask = 1 << 16;       // less is not worth waking a thread for
 
 using TileFunction = void (*)(const BaseWeights&, int64_t, const float*, int64_t, float*, int64_t);
 using BlockFunction = void (*)(const Residual&, int64_t, const int32_t*, const float*, int64_t, float*);

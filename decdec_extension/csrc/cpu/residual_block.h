@@ -20,7 +20,8 @@ typedef float Floats16 __attribute__((vector_size(64)));
 // sum[i] += values * codes of selected rows, for the block_outputs(bits) outputs of the block at byte `at` of a row.
 // sum is laid out by slot: outputs slot, slot + per_byte, ... are contiguous.
 template <int bits>
-inline void add_rows(const Residual& r, int64_t at, const int32_t* indices, const float* values, int64_t n, float* sum) {
+inline void add_rows(const Residual& r, int64_t at, const int32_t* indices, const float* values, int64_t n,
+                     float* sum) {
   if constexpr (bits == 16) {
     float row[block_outputs(16)];
     for (int64_t i = 0; i < n; ++i) {
@@ -46,7 +47,8 @@ inline void add_rows(const Residual& r, int64_t at, const int32_t* indices, cons
 
 // out[o] += residual product of the block's outputs o (those below d_out).
 template <int bits>
-void multiply_block(const Residual& r, int64_t block, const int32_t* indices, const float* values, int64_t k, float* out) {
+void multiply_block(const Residual& r, int64_t block, const int32_t* indices, const float* values, int64_t k,
+                    float* out) {
   constexpr int outputs = block_outputs(bits);
   constexpr int per_byte = bits < 8 ? 8 / bits : 1;
   constexpr int64_t kRows = 128;  // rows summed before the total: short chains round less

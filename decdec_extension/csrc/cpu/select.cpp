@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kChunk = 1024;
 constexpr uint32_t kInfinity = 0x7F800000;
 
-// Ranks of the activations: larger ones are selected first, 0 (NaN and Inf) never. Returns the bits that a rank may need.
+// Ranks of the activations: larger ones are selected first, 0 (NaN and Inf) never. Returns the bits a rank may need.
 int rank_all(const float* x, int64_t width, const Buckets* buckets, uint32_t* rank) {
   for (int64_t i = 0; i < width; ++i) {
     const uint32_t magnitude = std::bit_cast<uint32_t>(x[i]) & 0x7FFFFFFF;
@@ -42,7 +42,8 @@ int64_t count_at_least(const uint32_t* rank, int64_t width, uint32_t bound) {
 
 }  // namespace
 
-void select_chunk(const float* x, int64_t width, int64_t count, const Buckets* buckets, int32_t first, int32_t* indices) {
+void select_chunk(const float* x, int64_t width, int64_t count, const Buckets* buckets, int32_t first,
+                  int32_t* indices) {
   uint32_t rank[kChunk];
   const int bits = rank_all(x, width, buckets, rank);
   // The count-th largest rank, bit by bit from the top: branch-free counting beats a partial sort of 1024 keys.
