@@ -142,7 +142,7 @@ class CompensatedLinear(nn.Module):
             gemv = ops.codebook_gemv_compensated if self.format == "codebook" else ops.uniform_gemv_compensated
             return gemv(rows, *self._base(), self.bias, self.residual, self.residual_scale, self.residual_bits, self.nested,
                         self.compensation.k_chunk, self.b_0, self.b_15, n_tb=self.compensation.n_tb)
-        return self._by_gemv(rows, False) + ops.residual_gemv(rows, self._channels(rows), self.residual, self.residual_scale,
+        return self._by_gemv(rows, False) + ops.residual_gemv(rows, self.channels(rows), self.residual, self.residual_scale,
                                                               self.residual_bits, self.nested, self.out_features)
 
     def _by_matmul(self, rows: Tensor, compensated: bool) -> Tensor:
@@ -162,7 +162,7 @@ class CompensatedLinear(nn.Module):
         dequantize = ops.codebook_dequantize if self.format == "codebook" else ops.uniform_dequantize
         return dequantize(*self._base(), self.in_features, dtype)
 
-    def _channels(self, rows: Tensor) -> Tensor:
+    def channels(self, rows: Tensor) -> Tensor:
         """Channels to compensate, int32 ``(rows, k)``, -1 where a chunk has too few finite values."""
         setting = self.compensation
         if setting.selection == "static":
@@ -179,7 +179,7 @@ class CompensatedLinear(nn.Module):
 
     def _salient(self, rows: Tensor) -> Tensor:
         """``rows`` with every channel but the selected ones set to 0."""
-        channels = self._channels(rows)
+        channels = self.channels(rows)
         spill = torch.where(channels < 0, self.in_features, channels).long()  # -1 goes to a column that is dropped
         kept = torch.zeros((len(rows), self.in_features + 1), dtype=torch.bool, device=rows.device).scatter_(1, spill, True)
         return torch.where(kept[:, :-1], rows, 0)
