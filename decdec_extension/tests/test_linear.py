@@ -94,7 +94,7 @@ def test_static_and_random_selection(rows):
     assert_close(layer(x)[:, 0], expected(layer, x[:, 0], [best] * rows), rtol=1e-4, atol=1e-3)
 
     layer.compensate(Compensation(8, "random", seed=3))
-    drawn = layer._channels(x[:, 0])
+    drawn = layer.channels(x[:, 0])
     for row in drawn.tolist():
         assert len(set(row)) == 9 and sum(i < 1024 for i in row) == 8 and all(0 <= i < 1100 for i in row)
     layer.compensate(Compensation(8, "random", seed=3))  # the same settings draw the same channels again

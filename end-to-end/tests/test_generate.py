@@ -1,5 +1,6 @@
 """The script as a user runs it: text, JSON, chat, stdin, and what it refuses."""
 
+import io
 import json
 import os
 import re
@@ -25,26 +26,38 @@ def folders(tmp_path_factory):
     return original, folder
 
 
-def generate(*arguments, **options):
-    return run_script(ROOM / "generate.py", "--max-new-tokens", 5, *arguments, **options)
+def arguments_of(*arguments):
+    return ["generate.py", "--max-new-tokens", "5", *map(str, arguments)]
 
 
-def test_json_says_what_ran(folders):
+@pytest.fixture
+def generate(monkeypatch, capsys):
+    """Run the script's main in this process; returns what it printed."""
+
+    def run(*arguments, stdin=""):
+        monkeypatch.setattr("sys.argv", arguments_of(*arguments))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        main()
+        return capsys.readouterr()
+
+    return run
+
+
+def test_json_says_what_ran(folders, generate):
     original, folder = folders
-    result = generate("--model", folder, "--prompt", "Hello", "--k-chunk", 16, "--json")
-    assert result.returncode == 0, result.stderr
-    row = json.loads(result.stdout)
+    row = json.loads(generate("--model", folder, "--prompt", "Hello", "--k-chunk", 16, "--json").out)
     assert row["prompt_tokens"] == 5 and row["new_tokens"] <= 5 and row["k_chunk"] == 16 and row["selection"] == "bucket"
     assert row["prefill_tokens_per_s"] > 0 and row["device_bytes"] > 0 and row["host_bytes"] > 0
-    full = json.loads(generate("--model", original, "--prompt", "Hello", "--json").stdout)
+    full = json.loads(generate("--model", original, "--prompt", "Hello", "--json").out)
     assert full["host_bytes"] == 0 and full["device_bytes"] > row["device_bytes"] and full["selection"] == "none"
 
 
-def test_stdin_chat_and_sampling_stream_the_same_text_for_the_same_seed(folders):
+def test_stdin_chat_and_sampling_stream_the_same_text_for_the_same_seed(folders, generate):
     arguments = ("--model", folders[1], "--chat", "--temperature", 1, "--top-k", 50, "--seed", 4, "--k-chunk", 8)
-    first, second = (generate(*arguments, input="Grüße") for _ in range(2))
-    assert first.returncode == 0, first.stderr
-    assert first.stdout == second.stdout and "tokens/s" in first.stderr
+    first, second = (generate(*arguments, stdin="Grüße") for _ in range(2))
+    assert first.out == second.out and "tokens/s" in first.err
+    assert generate("--model", folders[1], stdin="").err.startswith("prefill 1 tokens")  # of no prompt, the first token
+    assert generate("--model", folders[1], "--prompt", "x" * 510).err.startswith("only 2 new tokens")
 
 
 def test_shell_script_compares_settings(folders):
@@ -69,7 +82,7 @@ def test_mistakes_end_in_one_line(folders, monkeypatch, arguments, match):
     places = {"original": folders[0], "folder": folders[1], "room": ROOM}
     filled = [str(argument).format(**places) for argument in arguments]
     prompt = [] if {"--prompt", "--prompt-file"} & set(filled) else ["--prompt", "Hello"]
-    monkeypatch.setattr("sys.argv", ["generate.py", *filled, *prompt])
+    monkeypatch.setattr("sys.argv", arguments_of(*filled, *prompt))
     with pytest.raises(UserError, match=re.escape(match)) as error:
         main()
     assert "\n" not in str(error.value)
@@ -81,4 +94,5 @@ def test_compensation_without_a_cheatsheet_is_refused(folders, tmp_path):
     for file in folders[1].iterdir():
         if file.name != "cheatsheet.pt":
             (folder / file.name).symlink_to(file)
-    assert "cheatsheet.pt" in refused(generate("--model", folder, "--prompt", "Hello", "--k-chunk", 8))
+    assert "cheatsheet.pt" in refused(
+        run_script(ROOM / "generate.py", "--model", folder, "--prompt", "Hello", "--k-chunk", 8))
