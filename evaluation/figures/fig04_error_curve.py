@@ -1,0 +1,49 @@
+"""Figure 4 of the paper: output error against restored input channels, in order of |x| and at random, from rows of error_curve.py.
+
+One panel a kind of layer; errors and |x| are relative to their value at no restored channel.
+"""
+
+import argparse
+
+from series import KINDS, METHODS, bench_rows, written
+
+from decdec import figure_style as style
+from decdec.errors import UserError, run
+
+ORDERS = {"sorted": "by $|x|$", "random": "at random"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="+", help="JSON-lines files written by error_curve.py")
+    parser.add_argument("--out", required=True, help="figure to write (.pdf and .png)")
+    parser.add_argument("--method", help="method to draw (default: that of the last row)")
+    arguments = parser.parse_args()
+    rows = bench_rows(arguments.rows, "error_curve", ("model", "text_hash", "window_length", "positions"))
+    method = arguments.method or rows[-1]["method"]
+    rows = [row for row in rows if row["method"] == method]
+    if not rows:
+        raise UserError(f"--method: no rows of {method}")
+    blocks = sorted({row["block"] for row in rows})
+    with style.figure(arguments.out, height=3.4, nrows=2, ncols=2, sharex=True, sharey=True) as (figure, axes):
+        for panel, kind in zip(axes.flat, KINDS, strict=True):
+            for look, block in zip(style.LINES, blocks, strict=False):
+                for order in ORDERS:
+                    row, = (row for row in rows if (row["block"], row["kind"], row["order"]) == (block, kind, order))
+                    share = [100 * count / row["d_in"] for count in row["restored"]]
+                    width = 1.3 if order == "sorted" else 0.7
+                    panel.plot(share, [mse / row["mse"][0] for mse in row["mse"]], color=look["color"], linewidth=width,
+                               linestyle="-" if order == "sorted" else "--", label=f"block {block}, {ORDERS[order]}")
+            magnitude = row["magnitude"]
+            panel.plot(share, [value / magnitude[0] for value in magnitude], color="black", linewidth=0.8, linestyle=":",
+                       label=f"sorted $|x|$, block {block}")
+            panel.set_title(KINDS[kind])
+        figure.supxlabel("Channels restored (%)", fontsize=8)
+        figure.supylabel(f"Output error, relative ({METHODS.get(method, method)})", fontsize=8)
+        handles, names = panel.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=6.5)
+    written(arguments.out)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,29 @@
+"""Figure 15 of the paper: MT-Bench score against k_chunk, one line a method and bit width, from rows of mt_bench_judge.py.
+
+Runs with several seeds are averaged (the paper: three).
+"""
+
+import argparse
+
+from series import bench_rows, by_k_chunk, draw_k_chunk, written
+
+from decdec import figure_style as style
+from decdec.errors import run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="+", help="JSON-lines files written by mt_bench_judge.py")
+    parser.add_argument("--out", required=True, help="figure to write (.pdf and .png)")
+    parser.add_argument("--selection", default="bucket", help="the selection whose rows are drawn (default bucket)")
+    arguments = parser.parse_args()
+    rows = bench_rows(arguments.rows, "mt_bench", ("model", "judge", "questions", "max_new_tokens"))
+    lines, original = by_k_chunk(rows, "score", arguments.selection)
+    with style.figure(arguments.out) as (_, axes):
+        draw_k_chunk(axes, lines, original, f"MT-Bench score by {rows[-1]['judge']}")
+        axes.legend()
+    written(arguments.out)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,69 @@
+"""What figures share: rows of one measurement, the same conditions for all that is drawn together, names, and lines over k_chunk."""
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from decdec import figure_style as style
+from decdec.errors import UserError
+from decdec.files import read_rows
+
+METHODS = {"awq": "AWQ", "squeezellm": "SqueezeLLM", "rtn": "round to nearest", "gptq": "GPTQ"}
+SELECTIONS = {"bucket": "DecDEC", "exact": "Exact", "static": "Static", "random": "Random"}
+KINDS = {"qkv": "q, k, v", "o": "output", "gu": "gate, up", "d": "down"}
+TEXT = ("model", "text_hash", "windows", "window_length", "dtype")
+
+
+def bench_rows(paths: Iterable[str], bench: str, conditions: Sequence[str] = ()) -> list[dict]:
+    """Rows of ``bench`` in the files ``paths``; only those that agree with the last one in ``conditions`` can be compared."""
+    paths = list(paths)
+    rows = [row for path in paths for row in read_rows(path) if row.get("bench") == bench]
+    if not rows:
+        raise UserError(f"{', '.join(paths)}: no {bench} rows")
+    kept = [row for row in rows if all(row.get(name) == rows[-1].get(name) for name in conditions)]
+    if len(kept) < len(rows):
+        print(f"{len(rows) - len(kept)} rows of other {', '.join(conditions)} are left out", file=sys.stderr)
+    return kept
+
+
+def bits_name(bits: int | list[int]) -> str:
+    """``3``, or ``3.5`` for a model whose layers have 3 and 4 bits."""
+    return f"{sum(bits) / len(bits):g}" if isinstance(bits, list) else str(bits)
+
+
+def label(row: dict) -> str:
+    name = f"{METHODS.get(row['method'], row['method'])}, {bits_name(row['bits'])} bits"
+    return f"{name}, nested" if row.get("nested") else name
+
+
+def by_k_chunk(rows: Iterable[dict], value: str, selection: str) -> tuple[dict[str, dict[int, float]], float | None]:
+    """Lines ``{label: {k_chunk: value}}`` of the quantized models under ``selection``, and the original model's value.
+
+    Several values of one point (runs with other seeds) are averaged. Residuals of the paper's 4 bits, or nested ones.
+    """
+    lines, original = defaultdict(lambda: defaultdict(list)), []
+    for row in rows:
+        if row[value] is None:
+            continue
+        if row["method"] == "original":
+            original.append(row[value])
+        elif row["selection"] == "none" or (row["selection"] == selection and (row.get("nested") or row["residual_bits"] in (None, 4))):
+            lines[label(row)][row["k_chunk"]].append(row[value])
+    means = {name: {k: sum(points[k]) / len(points[k]) for k in sorted(points)} for name, points in sorted(lines.items())}
+    return means, sum(original) / len(original) if original else None
+
+
+def draw_k_chunk(axes, lines: dict[str, dict[int, float]], original: float | None, unit: str) -> None:
+    """Lines over even steps of k_chunk, as the paper draws them: a logarithmic axis would lose k_chunk = 0."""
+    ticks = sorted({k_chunk for points in lines.values() for k_chunk in points})
+    for look, (name, points) in zip(style.LINES, lines.items(), strict=False):
+        axes.plot([ticks.index(k) for k in points], list(points.values()), label=name, **look)
+    if original is not None:
+        axes.axhline(original, color="black", linewidth=0.8, linestyle=(0, (1, 1)), label="full precision")
+    axes.set_xticks(range(len(ticks)), [str(k) for k in ticks])
+    axes.set_xlabel("$k_{chunk}$ (channels per 1024)")
+    axes.set_ylabel(unit)
+
+
+def written(out: str) -> None:
+    print(f"wrote {out} as PDF and PNG")

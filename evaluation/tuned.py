@@ -1,0 +1,105 @@
+"""Perplexity and time a token at the autotuner's targets: the points of the paper's Figures 17 and 18 and of Table 3.
+
+For every --plan (plan.json of autotuner/) and each of its targets: perplexity with the k_chunk chosen for each kind of layer, and
+the plan's time a token on its GPU, marked as measured, predicted from measured kernel times, or simulated from data sheets. The
+point without compensation comes first. One row a plan and target; a row that is there already is not measured again.
+"""
+
+import argparse
+import time
+
+from perplexity import perplexity
+from subject import SUBJECT_KEY, Rows, Setting, add_arguments, folder_from_arguments
+
+from decdec import hub, models, text
+from decdec.errors import run
+from decdec.linear import Compensation
+from decdec.plan import Plan, Tuned, load_plan
+
+KEY = (*SUBJECT_KEY, "gpu", "sms", "target_percent", "scope", "objective", "timing", "text_hash", "windows", "window_length")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--plan", nargs="+", required=True, help="plan.json files of this folder's model, one a GPU")
+    parser.add_argument("--text", default="wikitext", help="wikitext, c4, pydoc or a file (default wikitext)")
+    parser.add_argument("--windows", type=int, help="number of windows (default all)")
+    parser.add_argument("--length", type=int, help="tokens a window (default 2048, or the model's context if shorter)")
+    parser.add_argument("--out", default="evaluation/results/tuned.jsonl", help="JSON-lines file the rows go to")
+    return parser.parse_args()
+
+
+def token_ms(tuned: Tuned, compensated: bool) -> float:
+    """Milliseconds a token: the linear layers' times, measured where the plan has them, and the rest of the token."""
+    layers = sum(choice.count * ((choice.measured_us or choice.predicted_us) if compensated else choice.base_us)
+                 for choice in tuned.choices)
+    return (layers + tuned.rest_us) / 1000
+
+
+def timing(plan: Plan, tuned: Tuned) -> str:
+    if plan.device.simulated:
+        return "simulated"
+    return "predicted" if tuned.measured_percent is None else "measured"
+
+
+def compensate(model, plan: Plan, tuned: Tuned | None) -> None:
+    """Every layer at its kind's and bit width's choice at every position; without ``tuned`` nothing is compensated."""
+    highest = max((choice.k_chunk for choice in tuned.choices), default=0) if tuned else 0
+    hub.set_compensation(model, Compensation(highest, plan.selection, prefill=True))  # loads the residuals
+    for layer in hub.compensated_layers(model).values() if tuned else ():
+        layer.compensate(Compensation(tuned.choice(layer.kind, layer.bits).k_chunk, plan.selection, prefill=True))
+
+
+def points(plan: Plan) -> list[tuple[dict, Tuned | None]]:
+    """The plan's part of each row, with the choices that it compensates by."""
+    gpu = {"gpu": plan.device.name, "sms": plan.device.sms}
+    first = plan.tuned[0]
+    nothing = {"target_percent": 0, "scope": first.scope, "objective": "none", "k_chunk": 0, "n_tb": None, "predicted_percent": 0.0,
+               "measured_percent": None, "ms_per_token": round(token_ms(first, False), 5), "timing": timing(plan, first)}
+    found = [(gpu | nothing, None)]
+    for tuned in plan.tuned:
+        chosen = {f"{choice.kind}{choice.bits}": choice for choice in tuned.choices}
+        found.append((gpu | {"target_percent": tuned.target_percent, "scope": tuned.scope, "objective": tuned.objective,
+                             "k_chunk": {name: choice.k_chunk for name, choice in chosen.items()},
+                             "n_tb": {name: choice.n_tb for name, choice in chosen.items()},
+                             "predicted_percent": tuned.predicted_percent, "measured_percent": tuned.measured_percent,
+                             "ms_per_token": round(token_ms(tuned, True), 5), "timing": timing(plan, tuned)}, tuned))
+    return found
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    subject = folder_from_arguments(arguments)
+    plans = [load_plan(path, subject.quant) for path in arguments.plan]
+    evaluation = text.load_text(arguments.text, "evaluation")
+    length = arguments.length or min(2048, models.context_length(arguments.model))
+    ids = text.windows(evaluation, models.load_tokenizer(arguments.model), length, arguments.windows)
+    base, some = subject.compensated_rows("tuned", [Setting(), Setting("bucket", 1)])
+    rows = Rows(arguments.out, KEY)
+    same = {}  # GPUs whose plans choose alike share a perplexity
+    model = None
+    for plan in plans:
+        for point, tuned in points(plan):
+            row = (some | {"selection": plan.selection} if tuned else base) | point | {
+                "text": evaluation.name, "text_hash": evaluation.hash, "windows": len(ids), "window_length": length,
+                "compensated": "every position" if tuned else "none"}
+            known = rows.find(row)
+            if known is None:
+                start = time.monotonic()
+                choice = (row["selection"], str(point["k_chunk"]))
+                if choice not in same:
+                    model = model or subject.load()
+                    compensate(model, plan, tuned)
+                    same[choice] = perplexity(model, ids, f"{point['gpu']}, target {point['target_percent']} %")
+                value, error = same[choice]
+                known = row | {"perplexity": round(value, 4), "loss_standard_error": round(error, 5),
+                               "seconds": round(time.monotonic() - start, 1)}
+                rows.append(known)
+            print(f"{known['gpu']}, target {known['target_percent']} %: {known['ms_per_token']:.3f} ms a token "
+                  f"({known['timing']}), perplexity {known['perplexity']:.3f}")
+    print(f"rows are in {arguments.out}")
+
+
+if __name__ == "__main__":
+    run(main)
