@@ -102,6 +102,16 @@ def test_selection_is_exact(d_in, k_chunk, boundaries):
         assert torch.equal(out, reference.select_channels(x, k_chunk, *limits, center))
 
 
+@pytest.mark.parametrize("boundaries", ((3.5, 2.0), (1.0, 1.0), (7.3, 0.1)))
+def test_values_on_and_beside_the_bucket_floors(boundaries):
+    floors = reference.bucket_floors(*boundaries)
+    values = torch.cat([floors, floors.nextafter(torch.tensor(torch.inf)), floors.nextafter(torch.tensor(0.0))])
+    x = values[torch.randperm(len(values))][None]
+    for count in range(1, len(values) + 1):  # the cut goes through every bucket
+        k_chunk = 1024 * count // len(values)
+        assert torch.equal(ops.select_channels(x, k_chunk, *boundaries), reference.select_channels(x, k_chunk, *boundaries))
+
+
 @pytest.mark.parametrize("boundaries", ((), (3.5, 2.0)))
 def test_nan_and_inf_are_never_selected(boundaries):
     x = torch.randn(4, 2100)
