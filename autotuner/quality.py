@@ -35,7 +35,7 @@ def tune(times: Times, gains: Mapping[Hashable, Sequence[float]], budget: float,
     steps = []  # for each type: (previous front's index, this type's k_chunk) of every point of the front
     options = {}
     for key, curves in times.items():
-        options[key] = least, n_tb = fastest({n: curve for n, curve in curves.items() if n <= n_limit})
+        options[key] = least, n_tb = fastest({n: curve if n <= n_limit else curve[:1] for n, curve in curves.items()})
         worth = np.asarray(gains[key], dtype=np.float64)[:len(least)]
         least, n_tb = least[:len(worth)], n_tb[:len(worth)]
         sums = (time[:, None] + least[None, :]).ravel()
