@@ -1,0 +1,163 @@
+import dataclasses
+import random
+
+import analytic
+import pytest
+from decide import Target, decide, total_us
+from profiling import SPREAD, Profiler, Sample, coarse_points, refine
+from settle import settle
+from shapes import random_weights
+from timings import Conditions, Timings, envelope, interpolated, read_profile, timing_row
+
+from decdec.errors import UserError
+from decdec.files import append_row, read_rows
+
+HERE = Conditions("fake", 60, "abc", "float16", "bucket")
+RATES = analytic.Rates(500, 25, 60)
+LAYERS = random_weights("llama-3-8b", 3, "codebook").layers
+GAINS = {layer: [k**0.5 * layer.d_in for k in range(1025)] for layer in LAYERS}
+
+
+class FakeTimer:
+    """The analytic model with noise; ``drift`` slows every compensated time by that share."""
+
+    def __init__(self, noise=0.0, drift=0.0, spread=0.0):
+        self.noise, self.drift, self.spread, self.calls, self.random = noise, drift, spread, 0, random.Random(0)
+
+    def time(self, layer, n_tb, k_chunk):
+        self.calls += 1
+        us = analytic.compensated_us(layer, n_tb, k_chunk, RATES) * (1 + self.random.uniform(-1, 1) * self.noise)
+        return Sample(us * (1 + self.drift * (k_chunk > 0)), self.spread, 31)
+
+
+def profiled(path, timer, rows=()):
+    timings = Timings(LAYERS, HERE, rows)
+    profiler = Profiler(timings, timer, path)
+    for layer in LAYERS:
+        profiler.measure(layer, 0, 0)
+        for point in coarse_points(layer, timings.base(layer), RATES.dram_gb_s, RATES.link_gb_s, 30):
+            profiler.measure(layer, *point)
+    return profiler
+
+
+def test_saved_rows_are_not_measured_again(tmp_path):
+    first, second = FakeTimer(), FakeTimer()
+    timings = profiled(tmp_path / "rows.jsonl", first).timings
+    rows = read_profile(tmp_path / "rows.jsonl")
+    again = profiled(tmp_path / "rows.jsonl", second, rows).timings
+    assert first.calls == len(rows) and second.calls == 0
+    assert again.points == timings.points
+
+
+@pytest.mark.parametrize("change", [{"sms": 30}, {"device": "other"}, {"library": "new"}, {"selection": "exact"}, {"dtype": "bfloat16"}])
+def test_rows_of_other_conditions_are_not_used(tmp_path, change):
+    row = timing_row(dataclasses.replace(HERE, **change), LAYERS[0], 0, 0, 5.0, 0.0, 31)
+    with pytest.raises(UserError, match="no base time of qkv"):
+        Timings(LAYERS, HERE, [row]).base(LAYERS[0])
+
+
+def test_a_wide_spread_is_measured_again_and_told(tmp_path, capsys):
+    timer = FakeTimer(spread=2 * SPREAD)
+    profiler = Profiler(Timings(LAYERS, HERE), timer, tmp_path / "rows.jsonl")
+    profiler.measure(LAYERS[0], 0, 0)
+    profiler.warn_if_noisy()
+    assert timer.calls == 3 and "something else uses this GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gains", [None, GAINS], ids=["paper", "quality"])
+@pytest.mark.parametrize("percent", [2.5, 5, 10, 20])
+def test_the_choice_rests_on_measured_points_and_its_fresh_time_keeps_the_target(tmp_path, gains, percent):
+    profiler = profiled(tmp_path / "rows.jsonl", FakeTimer(noise=0.002))
+    timings = profiler.timings
+    settled = settle(timings, profiler, lambda table, target: decide(table, target, gains, 30), Target(percent))
+    assert all(setting.k_chunk == 0 or timings.measured(layer, setting.n_tb, setting.k_chunk)
+               for layer, setting in settled.settings.items())
+    assert 0 < settled.measured_percent <= percent
+    assert settled.predicted_percent == pytest.approx(settled.measured_percent, abs=1)
+    assert any(setting.k_chunk for setting in settled.settings.values())
+
+
+def test_the_coarse_profile_finds_what_a_full_one_finds(tmp_path):
+    profiler = profiled(tmp_path / "rows.jsonl", FakeTimer())
+    full = Timings(LAYERS, HERE)
+    for layer in LAYERS:
+        full.add(layer, 0, 0, analytic.base_us(layer, RATES))
+        for n_tb in profiler.timings.points[layer]:
+            for k in range(1, 201) if n_tb else ():
+                full.add(layer, n_tb, k, analytic.compensated_us(layer, n_tb, k, RATES))
+    for gains in (None, GAINS):
+        def decision(table, gains=gains):
+            return decide(table, Target(10), gains, 30)
+        refine(profiler, [decision])
+        found, best = decision(profiler.timings), decision(full)
+        for layer in LAYERS:
+            assert abs(found[layer].k_chunk - best[layer].k_chunk) <= 2, (layer, found[layer], best[layer])
+
+
+def test_times_that_come_out_longer_are_answered_by_fetching_less(tmp_path):
+    """Profile on an idle GPU, tune on a slower one: the first choice misses the target, the last keeps it."""
+    profiler = profiled(tmp_path / "rows.jsonl", FakeTimer())
+    profiler.timer = FakeTimer(drift=0.03)
+    settled = settle(profiler.timings, profiler, lambda table, target: decide(table, target, GAINS, 30), Target(5))
+    assert settled.measured_percent <= 5
+
+
+def test_a_choice_at_the_end_of_the_range_makes_it_longer(tmp_path):
+    timings = Timings(LAYERS[:1], HERE)
+    profiler = Profiler(timings, FakeTimer(), tmp_path / "rows.jsonl")
+    for k in (0, 1, 4):
+        profiler.measure(LAYERS[0], 4, k)
+    refine(profiler, [lambda table: decide(table, Target(10), None, 30)])
+    chosen, = decide(timings, Target(10), None, 30).values()
+    assert 4 < chosen.k_chunk < max(timings.points[LAYERS[0]][4])
+
+
+def test_end_to_end_allows_the_rest_its_share():
+    target = Target(5, "end-to-end", rest_us=300.0)
+    assert target.budget(700.0) == pytest.approx(750.0)
+    assert target.slowdown_percent(700.0, 750.0) == pytest.approx(5)
+    assert Target(5, "kernel", 300.0).budget(700.0) == pytest.approx(735.0)
+
+
+def test_mixed_bits_are_tuned_apart_by_the_paper_and_together_by_gains(tmp_path):
+    layers = random_weights("llama-3-8b", 3.5, "codebook").layers
+    timings = Timings(layers, HERE)
+    for layer in layers:
+        for n_tb in (0, 4, 8):
+            for k in range(0, 90) if n_tb else (0,):
+                timings.add(layer, n_tb, k, analytic.compensated_us(layer, n_tb, k, RATES))
+    base = total_us(timings)
+    papers = decide(timings, Target(5), None, 30)
+    for bits in (3, 4):
+        part = {layer: setting for layer, setting in papers.items() if layer.bits == bits}
+        assert total_us(timings, part) <= 1.05 * sum(layer.count * timings.base(layer) for layer in part)
+    worth_more_at_3 = {layer: [k**0.5 * (4 - layer.bits) for k in range(1025)] for layer in layers}
+    ours = decide(timings, Target(5), worth_more_at_3, 30)
+    assert total_us(timings, ours) <= 1.05 * base
+    assert all(setting.k_chunk == 0 or layer.bits == 3 or worth_more_at_3[layer][1] for layer, setting in ours.items())
+    assert {layer.count for layer in layers} == {16}
+
+
+def test_missing_and_falling_times():
+    assert interpolated({2: 12.0, 4: 16.0}, 10.0).tolist() == [10.0, float("inf"), 12.0, 14.0, 16.0]
+    assert interpolated({}, 10.0).tolist() == [10.0]
+    assert envelope(interpolated({1: 12.0, 2: 15.0, 3: 11.0, 4: 16.0}, 11.5)).tolist() == [11.5, 11.0, 11.0, 11.0, 16.0]
+    assert envelope(interpolated({2: 12.0}, 10.0)).tolist() == [10.0, 12.0, 12.0]
+
+
+@pytest.mark.parametrize("row, says", [({"what": "dance"}, "row 1"), ({"what": "timing", "device": "fake"}, None), ([1], "row 1")])
+def test_a_profile_that_is_none_is_refused(tmp_path, row, says):
+    append_row(tmp_path / "rows.jsonl", row)
+    if says:
+        with pytest.raises(UserError, match=says):
+            read_profile(tmp_path / "rows.jsonl")
+    else:  # a row of other conditions that misses fields harms nothing
+        Timings(LAYERS, HERE, read_rows(tmp_path / "rows.jsonl"))
+
+
+def test_a_garbled_row_of_this_device_is_named():
+    row = timing_row(HERE, LAYERS[0], 4, 8, 5.0, 0.0, 31)
+    with pytest.raises(UserError, match="garbles"):
+        Timings(LAYERS, HERE, [{**row, "us": "fast"}])
+    with pytest.raises(UserError, match="positive time"):
+        Timings(LAYERS, HERE, [{**row, "us": float("nan")}])
