@@ -123,6 +123,9 @@ def test_nan_and_inf_reach_the_output_and_are_not_selected():
     layer.compensate(Compensation(8, "exact", prefill=True))
     many = layer(x.repeat(FEW_ROWS + 1, 1).index_fill(0, torch.tensor([0]), 1.0))
     assert many[0].isfinite().all() and not many[1:].isfinite().any()
+    x[0, :1000] = torch.nan  # fewer finite values in the first chunk than the 1024 asked for
+    layer.compensate(Compensation(1024, "exact", prefill=True))
+    assert torch.equal(layer._salient(x), x.nan_to_num(0.0))
 
 
 @pytest.mark.parametrize("form, widths, residual_bits", list(itertools.product(
