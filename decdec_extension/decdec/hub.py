@@ -14,7 +14,7 @@ from decdec.artifacts import QuantConfig
 from decdec.errors import UserError
 from decdec.files import read_json
 from decdec.linear import Compensation, CompensatedLinear, concatenate_residuals
-from decdec.models import KINDS, decoder_linears
+from decdec.models import KINDS, compute_buffers, decoder_linears
 
 PACKED = {"codebook": ("qweight", "codebook", "scale"), "uniform": ("qweight", "scales", "zeros")}
 
@@ -165,6 +165,8 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _load_rest(model: nn.Module, tensors: _Tensors) -> None:
     """Load what is not quantized, tie what the config ties, and compute the buffers that no file holds."""
+    # Before the weights come: transformers initialises those of a module together with its buffers.
+    compute_buffers(model)
     model.tie_weights()
     packed = {f"{prefix}.{key}" for prefix, layer in compensated_layers(model).items() for key in layer.state_dict()}
     stored = model.state_dict(keep_vars=True)
@@ -184,12 +186,6 @@ def _load_rest(model: nn.Module, tensors: _Tensors) -> None:
     model.tie_weights()
     if tensors.unread:
         raise UserError(f"{tensors.folder}: tensor {min(tensors.unread)} fits nothing in this model: a folder of another model")
-    for module in model.modules():
-        computed = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        for name in computed:
-            setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
-        if computed:  # rotary frequencies: transformers fills them in the hook that initialises weights
-            model._init_weights(module)
 
 
 def _give_residuals(layers: list[CompensatedLinear], source: Source) -> None:

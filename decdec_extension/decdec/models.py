@@ -65,6 +65,19 @@ def decoder_linears(model: nn.Module) -> Mapping[str, nn.Linear]:
     return {f"{prefix}.{name}": module for name, module in blocks.named_modules() if isinstance(module, nn.Linear)}
 
 
+def compute_buffers(model: nn.Module) -> None:
+    """Fill the buffers of a model on the meta device that no file holds (rotary frequencies, embedding scales), on the CPU.
+
+    transformers computes them in the hook that initialises weights, so call this before the weights are loaded.
+    """
+    for module in model.modules():
+        computed = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in computed:
+            setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
+        if computed:
+            model._init_weights(module)
+
+
 def layer_kind(name: str) -> str:
     """``qkv``, ``o``, ``gu`` or ``d`` for a linear layer's name."""
     leaf = name.rsplit(".", 1)[-1]
