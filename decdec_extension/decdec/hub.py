@@ -16,8 +16,6 @@ from decdec.files import read_json
 from decdec.linear import Compensation, CompensatedLinear, concatenate_residuals
 from decdec.models import KINDS, compute_buffers, decoder_linears
 
-PACKED = {"codebook": ("qweight", "codebook", "scale"), "uniform": ("qweight", "scales", "zeros")}
-
 
 @dataclass(frozen=True)
 class Source:
@@ -60,7 +58,7 @@ def attach(model: nn.Module, folder: str | Path, compensation: Compensation | Ma
         replaced = 0
         for name, linear in decoder_linears(model).items():
             if f"{name}.qweight" in tensors:
-                _replace(model, name, _packed_layer(name, linear, tensors, quant))
+                replace(model, name, _packed_layer(name, linear, tensors, quant))
                 replaced += 1
             elif f"{name}.weight" not in tensors:
                 raise UserError(f"{folder}: has no weights of layer {name}: a folder of another model")
@@ -141,24 +139,31 @@ class _Tensors:
 
 def _packed_layer(name: str, linear: nn.Linear, tensors: _Tensors, quant: QuantConfig) -> CompensatedLinear:
     """The compensated layer in place of ``linear``, on its device (the CPU if it is on meta)."""
-    d_out, d_in, bits = linear.out_features, linear.in_features, quant.bits_of(name)
-    if quant.format == "codebook":
-        shapes = {"codebook": (d_out, 2**bits), "scale": (d_out,)}
-    else:
-        group_size = quant.group_size or d_in
-        if d_in % group_size:
-            raise UserError(f"{tensors.folder}: group_size {group_size} does not divide the {d_in} inputs of layer {name}")
-        shapes = dict.fromkeys(("scales", "zeros"), (d_in // group_size, d_out))
-    shapes = {"qweight": packing.packed_shape(d_out, d_in, bits)} | shapes
+    d_out, d_in = linear.out_features, linear.in_features
     device = "cpu" if linear.weight.is_meta else linear.weight.device
-    packed = {key: tensors.take(f"{name}.{key}", shapes[key]).to(device) for key in PACKED[quant.format]}
+    empty = empty_packed(name, d_out, d_in, quant)
+    packed = {key: tensors.take(f"{name}.{key}", tensor.shape).to(device) for key, tensor in empty.items()}
     bias = None
     if linear.bias is not None:
         bias = tensors.take(f"{name}.bias", (d_out,)).to(device, linear.weight.dtype)
     return CompensatedLinear(name, d_in, packed, bias)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def empty_packed(name: str, d_out: int, d_in: int, quant: QuantConfig) -> dict[str, Tensor]:
+    """The packed tensors of one layer by their names, with shapes and dtypes but on the meta device."""
+    bits = quant.bits_of(name)
+    shapes = {"qweight": (packing.packed_shape(d_out, d_in, bits), torch.int32)}
+    if quant.format == "codebook":
+        shapes |= {"codebook": ((d_out, 2**bits), torch.int16), "scale": ((d_out,), torch.float32)}
+    else:
+        group_size = quant.group_size or d_in
+        if d_in % group_size:
+            raise UserError(f"group_size: {group_size} does not divide the {d_in} inputs of layer {name}")
+        shapes |= dict.fromkeys(("scales", "zeros"), ((d_in // group_size, d_out), torch.float16))
+    return {key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in shapes.items()}
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
