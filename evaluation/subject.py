@@ -54,7 +54,7 @@ class Subject:
             row |= {"method": "original", "bits": 16, "group_size": None, "weights_hash": None}
         else:
             bits = sorted({self.quant.bits, *self.quant.layer_bits.values()})
-            row |= {"model": self.quant.base_model, "method": self.quant.method, "bits": bits[0] if len(bits) == 1 else bits,
+            row |= {"model": Path(self.quant.base_model).name, "method": self.quant.method, "bits": bits[0] if len(bits) == 1 else bits,
                     "group_size": self.quant.group_size, "weights_hash": self.quant.weights_hash}
         cuda = self.device.startswith("cuda")
         return row | {"dtype": self.dtype, "seed": self.seed,

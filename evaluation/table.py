@@ -13,6 +13,19 @@ def cells(row: dict) -> tuple[str, ...]:
             f"{row['device_bytes'] / 1e6:.1f}", f"{row['host_bytes'] / 1e6:.1f}")
 
 
+def table(rows: list[dict]) -> list[str]:
+    """Lines of the table: what was measured, the header, one line a row."""
+    rows = sorted(rows, key=lambda row: (row["method"] == "original", row["method"], str(row["bits"]), row["selection"] != "none",
+                                         row["selection"], row["k_chunk"]))
+    lines = [HEADER, *map(cells, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
+    texts = {(row["model"], row["text"], row["windows"], row["window_length"]) for row in rows}
+    titles = [f"{model} on {name}, {windows} windows of {length} tokens" for model, name, windows, length in sorted(texts, key=str)]
+    padded = ["  ".join(cell.ljust(width) if column in (0, 2) else cell.rjust(width)
+                        for column, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in lines]
+    return [*titles, padded[0], "  ".join("-" * width for width in widths), *padded[1:]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", help="JSON-lines file written by perplexity.py")
@@ -20,18 +33,7 @@ def main() -> None:
     rows = [row for row in read_rows(arguments.rows) if row.get("bench") == "perplexity"]
     if not rows:
         raise UserError(f"{arguments.rows}: no perplexity rows")
-    rows.sort(key=lambda row: (row["method"] == "original", row["method"], str(row["bits"]), row["selection"] != "none",
-                               row["selection"], row["k_chunk"]))
-    lines = [HEADER, *map(cells, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
-    texts = {(row["model"], row["text"], row["windows"], row["window_length"]) for row in rows}
-    for model, name, windows, length in sorted(texts, key=str):
-        print(f"{model} on {name}, {windows} windows of {length} tokens")
-    for number, line in enumerate(lines):
-        print("  ".join(cell.ljust(width) if column in (0, 2) else cell.rjust(width)
-                        for column, (cell, width) in enumerate(zip(line, widths, strict=True))))
-        if number == 0:
-            print("  ".join("-" * width for width in widths))
+    print("\n".join(table(rows)))
 
 
 if __name__ == "__main__":

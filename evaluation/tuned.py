@@ -83,7 +83,7 @@ def main() -> None:
         for point, tuned in points(plan):
             row = (some | {"selection": plan.selection} if tuned else base) | point | {
                 "text": evaluation.name, "text_hash": evaluation.hash, "windows": len(ids), "window_length": length,
-                "compensated": "every position" if tuned else "none"}
+                "compensated": "every position" if point["k_chunk"] and any(point["k_chunk"].values()) else "none"}
             known = rows.find(row)
             if known is None:
                 start = time.monotonic()

@@ -38,7 +38,8 @@ def main() -> None:
             panel.plot(share, [value / magnitude[0] for value in magnitude], color="black", linewidth=0.8, linestyle=":",
                        label=f"sorted $|x|$, block {block}")
             panel.set_title(KINDS[kind])
-        figure.supxlabel("Channels restored (%)", fontsize=8)
+        for panel in axes[1]:
+            panel.set_xlabel("Channels restored (%)")
         figure.supylabel(f"Output error, relative ({METHODS.get(method, method)})", fontsize=8)
         handles, names = panel.get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=6.5)

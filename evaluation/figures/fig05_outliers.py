@@ -20,8 +20,9 @@ def main() -> None:
     rows.sort(key=lambda row: row["block"])
     with style.figure(arguments.out, height=1.1 * len(rows) + 1.4, nrows=len(rows) + 1) as (_, axes):
         for panel, row in zip(axes, rows, strict=False):
-            points = np.array([(step, channel) for step, channels in enumerate(row["outliers"]) for channel in channels])
-            panel.plot(points[:, 0], points[:, 1], linestyle="", marker=",", color="black")
+            steps = [step for step, channels in enumerate(row["outliers"]) for _ in channels]
+            channels = [channel for chosen in row["outliers"] for channel in chosen]
+            panel.hlines(channels, steps, [step + 1 for step in steps], color="black", linewidth=0.5)
             panel.set(title=f"block {row['block']}, down: top 5 % channels", xlim=(0, row["steps"]), ylim=(0, min(DRAWN, row["d_in"])))
             panel.set_ylabel("Channel")
             panel.grid(False)
@@ -32,7 +33,7 @@ def main() -> None:
                              edgecolor="white", yerr=100 * np.std(values), error_kw={"linewidth": 0.7},
                              label=f"block {row['block']}" if offset == 0 else None)
         axes[-2].set_xlabel("Decoding step")
-        axes[-1].set_xticks(range(len(rows[0]["recall"])), [f"top {float(fraction):.0%}" for fraction in rows[0]["recall"]])
+        axes[-1].set_xticks(range(len(rows[0]["recall"])), [f"top {100 * float(fraction):g} %" for fraction in rows[0]["recall"]])
         axes[-1].set(ylabel="Static recall (%)", ylim=(0, 100))
         axes[-1].legend(ncols=len(rows))
     written(arguments.out)

@@ -14,7 +14,8 @@ from decdec.files import atomic
 def cell(row: dict) -> str:
     slow_down = row["predicted_percent"] if row["measured_percent"] is None else row["measured_percent"]
     chosen = ", ".join(str(k) for k in row["k_chunk"].values())
-    return f"{max(row['n_tb'].values())}/({chosen}) {slow_down:.1f} %"
+    n_tb = max((n_tb for kind, n_tb in row["n_tb"].items() if row["k_chunk"][kind]), default=0)
+    return f"{n_tb}/({chosen}) {slow_down:.1f} %"
 
 
 def main() -> None:
