@@ -110,15 +110,17 @@ def main() -> None:
         print(f"only {max_new_tokens} new tokens fit the context of {context}", file=sys.stderr)
 
     decoder, stop = load_decoder(arguments.model, getattr(torch, arguments.dtype), compensation)
-    timing, tokens, stream = Timing(), [], TextStream(tokenizer, prompt.tolist())
-    show = sys.stderr if arguments.json else sys.stdout
-    text = []
+    timing, tokens, text, stream = Timing(), [], [], TextStream(tokenizer, prompt.tolist())
+
+    def show(piece: str, end: str = "") -> None:
+        text.append(piece)
+        if not arguments.json:
+            print(piece, end=end, flush=True)
+
     for token in generate(decoder, prompt, max_new_tokens, sampling, stop, timing):
         tokens.append(token)
-        text.append(stream.push(token))
-        print(text[-1], end="", flush=True, file=show)
-    text.append(stream.flush())
-    print(text[-1], flush=True, file=show)
+        show(stream.push(token))
+    show(stream.flush(), end="\n")
 
     memory = hub.memory(decoder)
     if arguments.json:
