@@ -4,16 +4,16 @@ Both searches measure the error of a layer's output. Over the calibration tokens
 ``D`` the weight error and ``G = X X^T``, so one matrix a group of layers stands for all tokens and no search step runs a layer.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from decdec.errors import UserError
-
-from blocks import BlockRunner, block_linears
+from blocks import BlockRunner
+from groups import Group, find_groups, watch
+from scaling import scaled
 from uniform import fake_quantize, pack_uniform
 
 SCALE_STEPS = 20  # ratios 0, 1/20 .. 19/20 of the activations' magnitude
@@ -22,139 +22,119 @@ UNCLIPPED = ("q_proj", "k_proj", "qkv_proj")  # AWQ leaves these: a score is a p
 _ROWS_AT_ONCE = 1024
 
 
-@dataclass
-class Group:
-    """Linear layers that read the same input, and what makes that input.
+@dataclass(frozen=True)
+class Producer:
+    """The module whose rows ``rows`` can take the inverse of a group's scales: a norm or a linear layer.
 
-    ``producer`` is the module whose rows ``rows`` (all if None) can take the inverse scales: a norm or a linear layer.
+    ``offset`` is what a norm adds to its weight: 1 where the stored weight is a difference from 1, as Gemma's.
     """
 
-    linears: dict[str, nn.Linear]
-    producer: tuple[str, nn.Module] | None = None
-    rows: slice | None = None
-    gram: Tensor | None = None  # (d_in, d_in), sum over tokens of x x^T
-    magnitude: Tensor | None = None  # (d_in,), sum over tokens of |x|
-    tokens: int = field(default=0)
+    name: str
+    module: nn.Module
+    rows: slice | None = None  # all
+    offset: float = 0.0
 
-    def see(self, x: Tensor) -> None:
-        x = x.detach().flatten(0, -2)
-        if self.gram is None:
-            self.gram = x.new_zeros(x.shape[1], x.shape[1])
-            self.magnitude = x.new_zeros(x.shape[1])
-        self.gram.addmm_(x.t(), x)
-        self.magnitude += x.abs().sum(0)
-        self.tokens += len(x)
+    def fold(self, inverse: Tensor) -> None:
+        """Multiply the outputs ``rows`` by ``inverse``, in place."""
+        full = self.spread(inverse)
+        self.module.weight.copy_(scaled(self.module.weight, full, None, self.offset))
+        if getattr(self.module, "bias", None) is not None:
+            self.module.bias.mul_(full)
+
+    def spread(self, inverse: Tensor) -> Tensor:
+        """``inverse`` over all rows of the module, 1 outside ``rows``."""
+        full = torch.ones(len(self.module.weight), device=inverse.device)
+        full[self.rows or slice(None)] = inverse
+        return full
 
 
 @torch.no_grad()
-def quantize_blocks(runner: BlockRunner, bits: int, group_size: int, todo: set[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Yield ``(block, packed tensors and scale vectors)`` for the blocks in ``todo``, first block first."""
+def quantize_blocks(runner: BlockRunner, bits: Sequence[int], group_size: int,
+                    todo: set[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yield ``(block, packed tensors and scale vectors)`` for the blocks in ``todo``, first block first; ``bits`` counts by block."""
     hidden = runner.embed()
     for index in tqdm(range(max(todo) + 1), desc="AWQ", unit="block"):
         block = runner.copy_block(index)
         groups = find_groups(runner, index, block, hidden[0]) if index in todo else []
-        hooks = [next(iter(group.linears.values())).register_forward_pre_hook(lambda _, args, group=group: group.see(args[0]))
-                 for group in groups]
-        first = hidden[0]
-        hidden = [runner.call(index, block, state).to(runner.dtype) for state in hidden]
-        for hook in hooks:
-            hook.remove()
+        producers = [find_producer(runner, index, block, group, groups, hidden[0]) for group in groups]
+        with watch(groups):
+            hidden = [runner.call(index, block, state).to(runner.dtype) for state in hidden]
         if index in todo:
-            scaling = scale_block(groups, bits, group_size)
-            _check_unchanged(runner, index, block, first, hidden[0])
+            scaling: dict[str, Tensor] = {}
+            for group, producer in zip(groups, producers):
+                if producer is not None:
+                    scaling |= scale_group(group, producer, bits[index], group_size)
             tensors = {}
             for group in groups:
                 for name, module in group.linears.items():
-                    limit = None if name.endswith(UNCLIPPED) else search_clip(module.weight, group.gram, bits, group_size)
-                    tensors |= pack_uniform(name, module.weight, bits, group_size, limit)
+                    limit = None if name.endswith(UNCLIPPED) else search_clip(module.weight, group.gram, bits[index], group_size)
+                    tensors |= pack_uniform(name, module.weight, bits[index], group_size, limit)
             # Layers of a group share one vector; a file does not hold shared tensors.
             yield index, tensors | {name: vector.cpu().clone() for name, vector in scaling.items()}
 
 
-def find_groups(runner: BlockRunner, index: int, block: nn.Module, hidden: Tensor) -> list[Group]:
-    """The groups of a block, found by running it once: layers called with one tensor belong together."""
-    prefix = f"{runner.prefix}.{index}"
-    linears = block_linears(runner, index, block)
-    inputs: list[tuple[str, Tensor]] = []
-    made: list[tuple[str, nn.Module, Tensor]] = []
-    hooks = [module.register_forward_pre_hook(lambda _, args, name=name: inputs.append((name, args[0])))
-             for name, module in linears.items()]
-    for name, module in block.named_modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(module, nn.Linear) and isinstance(weight, Tensor) and weight.dim() == 1:
-            hooks.append(module.register_forward_hook(
-                lambda module, _, output, name=name: made.append((f"{prefix}.{name}", module, output))))
-    runner.call(index, block, hidden)
-    for hook in hooks:
-        hook.remove()
+def find_producer(runner: BlockRunner, index: int, block: nn.Module, group: Group, groups: list[Group],
+                  hidden: Tensor) -> Producer | None:
+    """What can take the inverse scales of a group without changing the block; None if nothing can.
 
-    groups: list[tuple[Tensor, Group]] = []
-    for name, tensor in inputs:
-        group = next((group for seen, group in groups if seen is tensor), None)
-        if group is None:
-            norm = next(((norm_name, norm) for norm_name, norm, output in made if output is tensor), None)
-            group = Group({}, norm if norm and _is_linear_in_weight(norm[1], tensor.shape[-1]) else None)
-            groups.append((tensor, group))
-        group.linears[name] = linears[name]
-    found = [group for _, group in groups]
-    for group in found:
-        if group.producer is None:
-            _find_linear_producer(group, linears)
-    return found
-
-
-def _is_linear_in_weight(norm: nn.Module, width: int) -> bool:
-    """Whether halving weight (and bias) halves the output: true of most norms, not of those that add one to the weight."""
-    x = torch.linspace(-1, 2, width, device=norm.weight.device)[None]
-    before = norm(x)
-    states = [(parameter, parameter.clone()) for parameter in norm.parameters()]
-    for parameter, value in states:
-        parameter.copy_(value / 2)
-    halved = norm(x)
-    for parameter, value in states:
-        parameter.copy_(value)
-    return torch.allclose(before / 2, halved, atol=1e-6)
-
-
-def _find_linear_producer(group: Group, linears: dict[str, nn.Linear]) -> None:
-    """``o`` reads what ``v`` made, and ``down`` what ``up`` made times a gate, channel by channel, where the shapes agree."""
-    name, consumer = next(iter(group.linears.items()))
-    parent, _, leaf = name.rpartition(".")
-    width = consumer.in_features
-    if leaf in ("o_proj", "dense"):
-        candidates = [("v_proj", width, slice(0, width)), ("qkv_proj", 3 * width, slice(2 * width, 3 * width))]
-    elif leaf == "down_proj":
-        candidates = [("up_proj", width, slice(0, width)), ("gate_up_proj", 2 * width, slice(width, 2 * width))]
-    else:
-        candidates = []
-    for producer, rows, part in candidates:
-        module = linears.get(f"{parent}.{producer}")
-        if module is not None and module.out_features == rows:
-            group.producer, group.rows = (f"{parent}.{producer}", module), part
-
-
-def scale_block(groups: list[Group], bits: int, group_size: int) -> dict[str, Tensor]:
-    """Search every group's scales and fold them into its layers and its producer, in place.
-
-    Returns the scale vectors by their names in ``scaling.safetensors``. Each group's gram becomes that of its scaled inputs.
+    The norm that made the group's input, or else a linear layer called before it, whose rows a product may have passed through
+    one by one: values through attention, ``up`` through the gate. Each is tried on the block itself.
     """
+    expected = runner.call(index, block, hidden)
+    width = group.first[1].in_features
+    # By powers of two, which float32 multiplies exactly, so that what is undone below leaves no trace.
+    probe = torch.where(torch.arange(width, device=expected.device) % 3 == 0, 2.0, 0.5)
+    for producer in _candidates(group, groups, width):
+        before = [(parameter, parameter.clone()) for parameter in producer.module.parameters()]
+        producer.fold(1 / probe)
+        for module in group.linears.values():
+            module.weight.mul_(probe)
+        change = (runner.call(index, block, hidden) - expected).norm() / expected.norm()
+        for module in group.linears.values():
+            module.weight.div_(probe)
+        for parameter, value in before:
+            parameter.copy_(value)
+        if change < 1e-3:
+            return producer
+    return None
+
+
+def _candidates(group: Group, groups: list[Group], width: int) -> Iterator[Producer]:
+    if group.norm is not None:
+        yield Producer(*group.norm)
+        yield Producer(*group.norm, offset=1.0)
+        return
+    earlier = [item for other in groups[:groups.index(group)] for item in other.linears.items()]
+    for name, module in reversed(earlier):
+        for start in range(module.out_features - width, -1, -width) if module.out_features % width == 0 else ():
+            yield Producer(name, module, slice(start, start + width))
+
+
+def scale_group(group: Group, producer: Producer, bits: int, group_size: int) -> dict[str, Tensor]:
+    """Search a group's scales and fold them into its layers and its producer, in place.
+
+    Returns the scale vectors by their names in ``scaling.safetensors``. The group's gram becomes that of its scaled inputs.
+    """
+    scale = search_scale(group, bits, group_size)
+    if producer.offset:
+        scale = _representable(scale, producer)
     scaling: dict[str, Tensor] = {}
-    for group in groups:
-        if group.producer is None:
-            continue
-        scale = search_scale(group, bits, group_size)
-        for name, module in group.linears.items():
-            module.weight.mul_(scale)
-            scaling[f"{name}.input_scale"] = scale
-        group.gram.div_(torch.outer(scale, scale))
-        name, module = group.producer
-        inverse = torch.ones(len(module.weight), device=scale.device)
-        inverse[group.rows or slice(None)] = 1 / scale
-        module.weight.mul_(inverse[:, None] if module.weight.dim() == 2 else inverse)
-        if getattr(module, "bias", None) is not None:
-            module.bias.mul_(inverse)
-        scaling[f"{name}.output_scale"] = inverse
+    for name, module in group.linears.items():
+        module.weight.mul_(scale)
+        scaling[f"{name}.input_scale"] = scale
+    group.gram.div_(torch.outer(scale, scale))
+    producer.fold(1 / scale)
+    scaling[f"{producer.name}.output_scale"] = producer.spread(1 / scale)
+    if producer.offset:
+        scaling[f"{producer.name}.output_offset"] = torch.tensor(producer.offset)
     return scaling
+
+
+def _representable(scale: Tensor, norm: Producer) -> Tensor:
+    """The nearest scales for which the norm's stored weight is a bfloat16: near -1 its rounding would be no small error."""
+    before = norm.module.weight + norm.offset
+    after = (before / scale - norm.offset).bfloat16().float() + norm.offset
+    return torch.where((before != 0) & (after / before > 0), before / after, torch.ones_like(scale))
 
 
 def search_scale(group: Group, bits: int, group_size: int) -> Tensor:
@@ -193,11 +173,3 @@ def search_clip(weight: Tensor, gram: Tensor, bits: int, group_size: int) -> Ten
             best, limit = torch.where(better, loss, best), torch.where(better, candidate, limit)
         limits.append(limit)
     return torch.cat(limits)
-
-
-def _check_unchanged(runner: BlockRunner, index: int, block: nn.Module, hidden: Tensor, output: Tensor) -> None:
-    scaled = runner.call(index, block, hidden)
-    change = (scaled - output.float()).norm() / output.float().norm()
-    if not change < 1e-2:
-        raise UserError(f"model: folding AWQ's scales changes block {index} of {type(runner.model).__name__} by {float(change):.1%}; "
-                        "quantize this architecture with squeezellm")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from decdec.errors import UserError
 from decdec.models import decoder_blocks
 
 
@@ -21,11 +22,13 @@ class _Reached(Exception):
 class BlockRunner:
     """The decoder blocks of ``model`` and their inputs over ``samples`` (int64 ``(samples, length)``).
 
-    Everything outside the blocks (embeddings, rotary tables, final norm, head) is moved to ``device`` in float32.
+    Everything outside the blocks (embeddings, rotary tables, final norm, head) is moved to ``device`` in float32. The blocks
+    may be on the meta device if ``stored`` gives the tensors of block ``index`` by their names within it.
     """
 
-    def __init__(self, model: nn.Module, samples: Tensor, device: str | torch.device = "cpu"):
-        self.model, self.samples, self.device = model, samples, torch.device(device)
+    def __init__(self, model: nn.Module, samples: Tensor, device: str | torch.device = "cpu",
+                 stored: Callable[[int], dict[str, Tensor]] | None = None):
+        self.model, self.samples, self.device, self._stored = model, samples, torch.device(device), stored
         self.prefix, self.blocks = decoder_blocks(model)
         # Hidden states wait in the precision the model itself was published in.
         self.dtype = next(self.blocks.parameters()).dtype
@@ -57,14 +60,22 @@ class BlockRunner:
 
     def copy_block(self, index: int) -> nn.Module:
         """A float32 copy of one block on the device."""
-        return copy.deepcopy(self.blocks[index]).to(self.device, torch.float32)
+        block = copy.deepcopy(self.blocks[index])
+        if self._stored is not None:
+            # Copied, since the caller works on the weights in place.
+            block.load_state_dict({name: tensor.to(self.device, torch.float32 if tensor.is_floating_point() else None, copy=True)
+                                   for name, tensor in self._stored(index).items()}, assign=True)
+        return block.to(self.device, torch.float32)
 
     def call(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """Output of block ``index`` (``block`` is it, or its copy) for one sample's hidden states, float32."""
         args, kwargs = self._calls[index]
         hidden = hidden.to(self.device, torch.float32)
         output = block(*((hidden, *args[1:]) if args else ()), **(kwargs if args else kwargs | {"hidden_states": hidden}))
-        return output[0] if isinstance(output, tuple) else output
+        output = output[0] if isinstance(output, tuple) else output
+        if not bool(output.isfinite().all()):
+            raise UserError(f"model: {self.prefix}.{index} gives activations that are not finite on the calibration text")
+        return output
 
     def logits(self, hidden: Tensor, sample: Tensor) -> Tensor:
         """Logits ``(length, vocabulary)`` that follow from the last block's output ``hidden``."""

@@ -23,6 +23,8 @@ from decdec.original import save_original_cheatsheet
 from decdec.packing import RESIDUAL_BITS
 from decdec.residual import pack_layer
 
+from base_model import BaseModel
+from folder import local_folder
 from scaling import read_scaling, scaled_state
 
 LAYOUTS = ("decdec", "original")
@@ -39,9 +41,8 @@ def make_cheatsheet(folder: str | Path, model: str | None = None, bits: int = 4,
     out = Path(out) if out else folder / (CHEATSHEET if layout == "decdec" else f"original/{CHEATSHEET}")
     if layout == "decdec" and _is_there(out, quant, bits, nested):
         return None
-    original = load_model(model or original_of(folder, quant.base_model))
-    layers = _packed_layers(folder, quant, decoder_linears(original), nested)
-    return _write(out, layers, len(decoder_linears(original)), quant, bits, nested, layout, decoder_blocks(original)[0])
+    base = BaseModel(local_folder(model or original_of(folder, quant.base_model)))
+    return _write(out, _packed_layers(folder, quant, base, nested), len(base.linears()), quant, bits, nested, layout, base.prefix)
 
 
 def make_from_two_folders(original: str, quantized: str, out: str | Path, bits: int = 4, layout: str = "decdec") -> Path:
@@ -77,13 +78,13 @@ def _is_there(path: Path, quant: QuantConfig, bits: int, nested: bool) -> bool:
     return (sheet.bits, sheet.nested) == (bits, nested)
 
 
-def _packed_layers(folder: Path, quant: QuantConfig, linears: dict, nested: bool) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+def _packed_layers(folder: Path, quant: QuantConfig, base: BaseModel, nested: bool) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """``(layer, original minus quantized in float32, the base's own scales if nested)`` of every layer."""
     scaling = read_scaling(folder)
     weights = folder / "model.safetensors"
     try:
         with safe_open(weights, "pt") as packed:
-            for name, module in linears.items():
+            for name, module in base.linears().items():
                 parts = (packed.get_tensor(f"{name}.{part}") for part in
                          (("qweight", "codebook", "scale") if quant.format == "codebook" else ("qweight", "scales", "zeros")))
                 qweight, first, second = parts
@@ -92,7 +93,7 @@ def _packed_layers(folder: Path, quant: QuantConfig, linears: dict, nested: bool
                 if dense.shape != module.weight.shape:
                     raise UserError(f"model: {name} is {tuple(module.weight.shape)} in the original and {tuple(dense.shape)} in "
                                     f"{folder}; give the model that was quantized")
-                original = scaled_state(f"{name}.weight", module.weight.detach(), scaling).float()
+                original = scaled_state(f"{name}.weight", base.tensor(f"{name}.weight"), scaling).float()
                 yield name, original - dense, first if nested else None
     except (SafetensorError, FileNotFoundError, ValueError) as error:
         raise UserError(f"{weights}: expected the packed weights of this model ({error})") from None

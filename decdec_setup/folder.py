@@ -10,17 +10,19 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from decdec.artifacts import QuantConfig
+from decdec.artifacts import QuantConfig, read_quant_config
 from decdec.errors import UserError
 from decdec.files import atomic, config_hash, read_json, tensors_hash, write_json
-from decdec.models import check_source, decoder_linears
+from decdec.models import check_source
 
-from scaling import SCALING, scaled_state, split_scaling
+from base_model import BaseModel
+from scaling import SCALING, read_scaling, scaled_state, split_scaling
 
 COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
           "generation_config.json")
+PACKED = ("qweight", "codebook", "scale", "scales", "zeros")
 
 
 @contextlib.contextmanager
@@ -90,37 +92,63 @@ class QuantizedFolder:
     def save_part(self, block: int, tensors: dict[str, Tensor]) -> None:
         save_tensors(self._part(block), tensors)
 
-    def finish(self, model: nn.Module, source: Path, blocks: int, quant: QuantConfig) -> QuantConfig:
-        """Write the folder from the parts of all ``blocks`` and the unquantized rest of ``model``; returns the full config."""
+    def load_part(self, block: int) -> dict[str, Tensor]:
+        return load_file(self._part(block))
+
+    def finish(self, base: BaseModel, quant: QuantConfig) -> QuantConfig:
+        """Write the folder from the parts of all blocks and the unquantized rest of ``base``; returns the full config."""
         tensors: dict[str, Tensor] = {}
-        for block in range(blocks):
-            tensors |= load_file(self._part(block))
+        for block in range(len(base.blocks)):
+            tensors |= self.load_part(block)
         packed, scaling = split_scaling(tensors)
         content = quant.to_dict() | {"weights_hash": tensors_hash(sorted(packed.items())),
                                      "calibration": quant.calibration | {"config_hash": self.hash}}
         with atomic_folder(self.out) as folder:
             for pattern in COPIED:
-                for file in source.glob(pattern):
+                for file in base.folder.glob(pattern):
                     shutil.copyfile(file, folder / file.name)
-            save_tensors(folder / "model.safetensors", unquantized(model, scaling) | packed)
+            rest = {name: scaled_state(name, tensor, scaling).to(tensor.dtype) for name, tensor in base.outside().items()}
+            save_tensors(folder / "model.safetensors", rest | packed)
             if scaling:
                 save_tensors(folder / SCALING, scaling)
-            write_json(folder / "config.json", read_json(source / "config.json") | {"quantization_config": content})
+            write_json(folder / "config.json", read_json(base.folder / "config.json") | {"quantization_config": content})
         if not scaling:
             (self.out / SCALING).unlink(missing_ok=True)
         shutil.rmtree(self._parts)
         return QuantConfig.from_dict(content)
 
 
-def unquantized(model: nn.Module, scaling: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor of ``model`` but the weights of its decoder's linear layers, scaled; tied tensors once."""
-    quantized = {f"{name}.weight" for name in decoder_linears(model)}
-    kept, seen = {}, set()
-    for name, tensor in model.state_dict().items():
-        if name not in quantized and (tensor.data_ptr() not in seen or tensor.numel() == 0):
-            seen.add(tensor.data_ptr())
-            kept[name] = scaled_state(name, tensor, scaling).to(tensor.dtype).contiguous()
-    return kept
+class Reusable:
+    """A finished folder whose blocks may serve another quantization of the same model."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.quant = read_quant_config(folder)
+        if self.quant.layer_bits:
+            raise UserError(f"reuse: expected a folder of one bit width, {folder} mixes several")
+        self._tensors: dict[str, Tensor] | None = None
+
+    def serves(self, wanted: QuantConfig, bits: int) -> bool:
+        """Whether blocks of ``bits`` bits are just what ``wanted`` would make of them. Other settings are refused."""
+        if self.quant.bits != bits:
+            return False
+        for name in ("method", "group_size", "calibration"):
+            ours, theirs = getattr(self.quant, name), getattr(wanted, name)
+            if name == "calibration":
+                ours = {key: value for key, value in ours.items() if key != "config_hash"}
+            if ours != theirs:
+                raise UserError(f"reuse: {self.folder}: {name.replace('_', '-')}: expected {theirs}, got {ours}")
+        return True
+
+    def block(self, name: str) -> dict[str, Tensor]:
+        """Packed tensors and scale vectors of the block ``name``."""
+        if self._tensors is None:
+            packed = load_file(self.folder / "model.safetensors")
+            self._tensors = {key: tensor for key, tensor in packed.items() if key.rpartition(".")[2] in PACKED} | read_scaling(self.folder)
+        found = {key: tensor for key, tensor in self._tensors.items() if key.startswith(f"{name}.")}
+        if not found:
+            raise UserError(f"reuse: {self.folder} has no block {name}: a folder of another model")
+        return found
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

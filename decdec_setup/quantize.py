@@ -1,89 +1,115 @@
 """Quantizes the linear layers of a model's decoder to 2, 3 or 4 bits and writes them as a model folder.
 
 squeezellm: a codebook per output channel, by k-means weighted with the Fisher information of calibration text.
-awq: group-wise uniform, after activation-aware scaling and clipping. rtn: group-wise round-to-nearest, no calibration.
+awq: group-wise uniform, after activation-aware scaling and clipping. gptq: group-wise uniform, channel by channel, later
+channels making good the error of earlier ones. rtn: group-wise round-to-nearest, no calibration.
+3.5 bits: some blocks at 3 and some at 4, as the map says that mixed_precision.py writes.
 Run again after an interrupt, it goes on with the first block that is not done; run again when done, it returns at once.
 """
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from decdec.artifacts import QuantConfig
 from decdec.errors import UserError, run
-from decdec.models import decoder_blocks, decoder_linears, load_model, load_tokenizer
+from decdec.models import load_tokenizer
 from decdec.packing import BASE_BITS
 from decdec.text import calibration_samples, load_text
 
 import awq
+import gptq
 import squeezellm
+from base_model import BaseModel
+from bit_map import read_bit_map
 from blocks import BlockRunner
-from folder import QuantizedFolder, local_folder, model_identity, summary
+from folder import QuantizedFolder, Reusable, local_folder, model_identity, summary
 from uniform import check_group_size, default_group_size, pack_uniform
 
-METHODS = ("squeezellm", "awq", "rtn")
+METHODS = ("squeezellm", "awq", "gptq", "rtn")
 
 
-def quantize(source: str, method: str, bits: int, out: str, group_size: int | None = None, text: str = "c4", samples: int = 100,
-             length: int = 512, seed: int = 0, device: str = "cpu") -> bool:
+def quantize(source: str, method: str, bits: float, out: str, group_size: int | None = None, text: str = "c4", samples: int = 100,
+             length: int = 512, seed: int = 0, device: str = "cpu", bit_map: str | None = None, reuse: Sequence[str] = (),
+             act_order: bool = False) -> bool:
     """Write the quantized folder ``out``; False if it already holds the same quantization."""
     if method not in METHODS:
         raise UserError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if bits not in BASE_BITS:
-        raise UserError(f"bits: expected one of {BASE_BITS}, got {bits}")
+    if bits not in BASE_BITS and bit_map is None:
+        raise UserError(f"bits: expected one of {BASE_BITS}, or a value between them and a bit-map, got {bits:g}")
     if method == "squeezellm" and group_size is not None:
         raise UserError(f"group-size: expected none for squeezellm, whose codebooks serve whole channels, got {group_size}")
+    if act_order and method != "gptq":
+        raise UserError(f"act-order: expected method gptq, got {method}")
+    if reuse and method == "gptq":
+        raise UserError("reuse: expected another method than gptq, whose blocks depend on the bits of those before them")
     for name, value in (("samples", samples), ("length", length)):
         if value < (2 if name == "length" else 1):
             raise UserError(f"{name}: expected a positive number of {'tokens' if name == 'length' else 'samples'}, got {value}")
-    base = local_folder(source)
+    source_folder = local_folder(source)
     calibration: dict = {}
     if method != "rtn":
         documents = load_text(text, "calibration")
         calibration = {"text": documents.name, "text_hash": documents.hash, "samples": samples, "length": length, "seed": seed}
-    folder = QuantizedFolder(out, {"method": method, "bits": bits, "group_size": group_size, "calibration": calibration,
-                                   "model": model_identity(base)})
+    identity = {"method": method, "bits": bits, "group_size": group_size, "calibration": calibration,
+                "model": model_identity(source_folder)}
+    if bit_map is not None:
+        identity["block_bits"] = read_bit_map(bit_map, bits)
+    if act_order:
+        identity["act_order"] = True
+    folder = QuantizedFolder(out, identity)
     if folder.finished():
         return False
 
-    model = load_model(str(base))
-    widths = sorted({module.in_features for module in decoder_linears(model).values()})
+    base = BaseModel(source_folder)
+    widths = sorted({module.in_features for module in base.linears().values()})
     if method != "squeezellm":
         group_size = group_size or default_group_size(widths)
         check_group_size(group_size, widths)
-    count = len(decoder_blocks(model)[1])
+    count = len(base.blocks)
+    block_bits = identity.get("block_bits", [bits] * count)
+    if len(block_bits) != count:
+        raise UserError(f"bit-map: {bit_map} is of a model of {len(block_bits)} blocks, this one has {count}")
+    layer_bits = {name: b for name in base.linears() if (b := block_bits[base.block_of(name)]) != min(block_bits)}
+    config = QuantConfig(method=method, format="codebook" if method == "squeezellm" else "uniform", bits=min(block_bits),
+                         group_size=group_size, base_model=os.path.relpath(source_folder, out) if Path(source).is_dir() else source,
+                         weights_hash="", calibration=calibration | ({"act_order": True} if act_order else {}),
+                         layer_bits=layer_bits)
+    for other in map(Reusable, reuse):
+        for index in range(count):
+            if other.serves(config, block_bits[index]) and not folder.has_part(index):
+                folder.save_part(index, other.block(f"{base.prefix}.{index}"))
+
     todo = {index for index in range(count) if not folder.has_part(index)}
     if todo and method == "rtn":
-        parts = _rtn_blocks(model, bits, group_size, todo)
+        parts = _rtn_blocks(base, block_bits, group_size, todo)
     elif todo:
-        tokens = calibration_samples(documents, load_tokenizer(str(base)), samples, length, seed)
-        runner = BlockRunner(model, tokens, device)
-        parts = squeezellm.quantize_blocks(runner, bits, todo) if method == "squeezellm" \
-            else awq.quantize_blocks(runner, bits, group_size, todo)
+        tokens = calibration_samples(documents, load_tokenizer(str(source_folder)), samples, length, seed)
+        runner = BlockRunner(base.model, tokens, device, base.block)
+        if method == "squeezellm":
+            parts = squeezellm.quantize_blocks(runner, block_bits, todo)
+        elif method == "awq":
+            parts = awq.quantize_blocks(runner, block_bits, group_size, todo)
+        else:
+            parts = gptq.quantize_blocks(runner, block_bits, group_size, todo, folder.load_part, act_order)
     else:
         parts = iter(())
     for index, tensors in parts:
         folder.save_part(index, tensors)
-
-    named = os.path.relpath(base, out) if Path(source).is_dir() else source
-    folder.finish(load_model(str(base)), base, count, QuantConfig(
-        method=method, format="codebook" if method == "squeezellm" else "uniform", bits=bits, group_size=group_size,
-        base_model=named, weights_hash="", calibration=calibration))
+    folder.finish(base, config)
     return True
 
 
-def _rtn_blocks(model: nn.Module, bits: int, group_size: int, todo: set[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    prefix, blocks = decoder_blocks(model)
+def _rtn_blocks(base: BaseModel, bits: Sequence[int], group_size: int, todo: set[int]) -> Iterator[tuple[int, dict]]:
     for index in tqdm(sorted(todo), desc="RTN", unit="block"):
-        linears = {name: module for name, module in blocks[index].named_modules() if isinstance(module, nn.Linear)}
-        tensors: dict[str, Tensor] = {}
-        for name, module in linears.items():
-            tensors |= pack_uniform(f"{prefix}.{index}.{name}", module.weight.detach(), bits, group_size)
+        tensors = {}
+        for name in base.linears():
+            if base.block_of(name) == index:
+                tensors |= pack_uniform(name, base.tensor(f"{name}.weight").float(), bits[index], group_size)
         yield index, tensors
 
 
@@ -91,9 +117,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="original model: a Hugging Face folder or a hub id")
     parser.add_argument("--method", required=True, help=", ".join(METHODS))
-    parser.add_argument("--bits", type=int, required=True, help="2, 3 or 4")
+    parser.add_argument("--bits", type=float, required=True, help="2, 3 or 4; 3.5 with --bit-map")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="model folder to write")
-    parser.add_argument("--group-size", type=int, help="inputs that share a scale (awq, rtn); default the largest divisor "
+    parser.add_argument("--bit-map", metavar="FILE", help="the bits of each block, from mixed_precision.py")
+    parser.add_argument("--reuse", nargs="+", default=[], metavar="FOLDER", help="copy blocks of the same bits and calibration "
+                        "from these folders; exact, since no method but gptq lets blocks depend on each other's bits")
+    parser.add_argument("--act-order", action="store_true", help="gptq: take the input channels by falling energy")
+    parser.add_argument("--group-size", type=int, help="inputs that share a scale (awq, gptq, rtn); default the largest divisor "
                                                        "of 128 that divides every layer's inputs")
     parser.add_argument("--text", default="c4", help="calibration text: c4, wikitext, pydoc or a file (default %(default)s)")
     parser.add_argument("--samples", type=int, default=100, help="calibration samples (default %(default)s)")
@@ -102,8 +132,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="where the block at work is held (default %(default)s)")
     args = parser.parse_args()
-    written = quantize(args.model, args.method, args.bits, args.out, args.group_size, args.text, args.samples, args.length,
-                       args.seed, args.device)
+    bits = int(args.bits) if args.bits == int(args.bits) else args.bits
+    written = quantize(args.model, args.method, bits, args.out, args.group_size, args.text, args.samples, args.length,
+                       args.seed, args.device, args.bit_map, args.reuse, args.act_order)
     print(summary(Path(args.out)) if written else f"{args.out} already holds this quantization; nothing to do")
 
 

@@ -2,7 +2,8 @@
 
 ``scaling.safetensors`` holds, for modules whose weight was scaled, ``NAME.input_scale`` (``d_in`` columns) and
 ``NAME.output_scale`` (``d_out`` rows, or the channels of a norm), both float32: the scaled weight is
-``output_scale[:, None] * W * input_scale[None, :]``, a bias is multiplied by ``output_scale``.
+``output_scale[:, None] * W * input_scale[None, :]``, a bias is multiplied by ``output_scale``. A norm that multiplies by
+``offset + weight`` has ``NAME.output_offset`` too: it is that sum which is scaled.
 """
 
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 SCALING = "scaling.safetensors"
-_SUFFIXES = (".input_scale", ".output_scale")
+_SUFFIXES = (".input_scale", ".output_scale", ".output_offset")
 
 
 def split_scaling(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -32,12 +33,17 @@ def scaled_state(name: str, tensor: Tensor, scaling: dict[str, Tensor]) -> Tenso
     module, _, kind = name.rpartition(".")
     rows = scaling.get(f"{module}.output_scale")
     columns = scaling.get(f"{module}.input_scale") if kind == "weight" else None
+    if rows is None and columns is None:
+        return tensor
+    offset = float(scaling.get(f"{module}.output_offset", 0.0)) if kind == "weight" else 0.0
+    return scaled(tensor.float(), *(vector if vector is None else vector.to(tensor.device) for vector in (rows, columns)), offset)
+
+
+def scaled(tensor: Tensor, rows: Tensor | None, columns: Tensor | None, offset: float = 0.0) -> Tensor:
+    """``tensor`` with its rows (of a vector: its entries, ``offset`` added meanwhile) and its columns multiplied, float32."""
     if rows is not None:
-        rows = rows.to(tensor.device)
-        tensor = tensor.float() * (rows[:, None] if tensor.dim() == 2 else rows)
-    if columns is not None:
-        tensor = tensor.float() * columns.to(tensor.device)
-    return tensor
+        tensor = (tensor + offset) * (rows[:, None] if tensor.dim() == 2 else rows) - offset
+    return tensor if columns is None else tensor * columns
 
 
 @torch.no_grad()

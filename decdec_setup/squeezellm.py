@@ -5,7 +5,7 @@ dynamic programming finds the best split over that grid; Lloyd's iterations move
 interval come from prefix sums, so an iteration costs a binary search per border and not a pass over the row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,8 +22,11 @@ ROWS_AT_ONCE = 128  # keeps the cost table of a chunk, ROWS_AT_ONCE * CELLS**2 f
 MAX_ITERATIONS = 200
 
 
-def quantize_blocks(runner: BlockRunner, bits: int, todo: set[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Yield ``(block, packed tensors)`` for the blocks in ``todo``, last block first, as the gradients reach them."""
+def quantize_blocks(runner: BlockRunner, bits: Sequence[int], todo: set[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yield ``(block, packed tensors)`` for the blocks in ``todo``, last block first, as the gradients reach them.
+
+    ``bits`` counts by block.
+    """
     count = len(runner.blocks)
     hidden = [runner.embed()]
     with torch.no_grad():
@@ -48,7 +51,7 @@ def quantize_blocks(runner: BlockRunner, bits: int, todo: set[int]) -> Iterator[
         if index in todo:
             tensors: dict[str, Tensor] = {}
             for name, module in linears.items():
-                tensors |= pack_squeezed(name, module.weight, fisher[name], bits)
+                tensors |= pack_squeezed(name, module.weight, fisher[name], bits[index])
             yield index, tensors
 
 

@@ -15,12 +15,14 @@ from tqdm import tqdm
 
 from decdec.artifacts import THRESHOLDS, Thresholds, load_thresholds, read_quant_config, save_thresholds
 from decdec.errors import UserError, run
-from decdec.models import load_model, load_tokenizer, original_of
+from decdec.models import load_tokenizer, original_of
 from decdec.original import save_original_thresholds
 from decdec.text import calibration_samples, load_text
 
-from awq import find_groups
+from base_model import BaseModel
 from blocks import BlockRunner
+from folder import local_folder
+from groups import find_groups
 from scaling import read_scaling
 
 LAYOUTS = ("decdec", "original")
@@ -94,9 +96,10 @@ def make_thresholds(folder: str | Path, model: str | None = None, text: str = "c
                 return None
         except UserError:
             pass  # made for other weights, or damaged: made again below
-    source = model or original_of(folder, quant.base_model)
-    tokens = calibration_samples(documents, load_tokenizer(source), samples, length, seed)
-    runner = BlockRunner(load_model(source), tokens, device)
+    source = local_folder(model or original_of(folder, quant.base_model))
+    tokens = calibration_samples(documents, load_tokenizer(str(source)), samples, length, seed)
+    base = BaseModel(source)
+    runner = BlockRunner(base.model, tokens, device, base.block)
     largest, mean_square = collect(runner, read_scaling(folder))
     if layout == "original":
         save_original_thresholds(out, largest, runner.prefix)

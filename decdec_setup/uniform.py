@@ -53,6 +53,10 @@ def pack_uniform(name: str, weight: Tensor, bits: int, group_size: int, limit: T
     if limit is not None:
         low, high = torch.maximum(low, -limit), torch.minimum(high, limit)
     scale, zero = grid(low, high, bits)
-    codes = encode(grouped, scale, zero, bits).flatten(1)
-    return {f"{name}.qweight": pack_codes(codes.to(torch.uint8), bits).cpu(),
-            f"{name}.scales": scale.t().half().contiguous().cpu(), f"{name}.zeros": zero.t().half().contiguous().cpu()}
+    return pack_grid(name, encode(grouped, scale, zero, bits).flatten(1).to(torch.uint8), scale, zero, bits)
+
+
+def pack_grid(name: str, codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> dict[str, Tensor]:
+    """The packed tensors of uint8 codes ``(d_out, d_in)`` on the grid ``scale``, ``zero`` ``(d_out, groups)``."""
+    return {f"{name}.qweight": pack_codes(codes, bits).cpu(), f"{name}.scales": scale.t().half().contiguous().cpu(),
+            f"{name}.zeros": zero.t().half().contiguous().cpu()}

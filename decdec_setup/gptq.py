@@ -1,0 +1,115 @@
+"""GPTQ: input channels are rounded one after the other, and the error of each is made good on those still to come.
+
+Over the calibration tokens a layer errs by ``tr(D H D^T)``, ``D`` being the weight error and ``H = X X^T``. Once channel ``i``
+is rounded, the least error is reached by adding ``-e_i U[i, i+1:] / U[i, i]`` to the rest of each row, where ``U`` is the
+upper triangle with ``H^-1 = U^T U`` and ``e_i`` what the rounding took. Blocks are quantized first to last, each on the
+outputs of the quantized ones before it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from decdec import reference
+from decdec.errors import UserError
+
+from blocks import BlockRunner, block_linears
+from groups import find_groups, watch
+from uniform import encode, grid, pack_grid
+
+DAMPING = 0.01  # of the mean diagonal of H, added to it: GPTQ's own choice
+COLUMNS_AT_ONCE = 128  # what lies beyond is updated by one product for so many columns
+
+
+@torch.no_grad()
+def quantize_blocks(runner: BlockRunner, bits: Sequence[int], group_size: int, todo: set[int],
+                    part: Callable[[int], dict[str, Tensor]], act_order: bool = False) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yield ``(block, packed tensors)`` for the blocks in ``todo``, first block first; ``bits`` counts by block.
+
+    ``part`` gives the packed tensors of a block that is not in ``todo``: those after it are calibrated on its output.
+    """
+    hidden = runner.embed()
+    for index in tqdm(range(max(todo) + 1), desc="GPTQ", unit="block"):
+        block = runner.copy_block(index)
+        if index in todo:
+            groups = find_groups(runner, index, block, hidden[0])
+            with watch(groups):
+                for state in hidden:
+                    runner.call(index, block, state)
+            tensors: dict[str, Tensor] = {}
+            for group in groups:
+                tensors |= _quantize_group(group.linears, group.gram, bits[index], group_size, act_order)
+        else:
+            tensors = part(index)
+        if index < max(todo):
+            for name, module in block_linears(runner, index, block).items():
+                packed = (tensors[f"{name}.{key}"] for key in ("qweight", "scales", "zeros"))
+                module.weight.copy_(reference.uniform_dequantize(*packed, module.in_features, torch.float32))
+            hidden = [runner.call(index, block, state).to(runner.dtype) for state in hidden]
+        if index in todo:
+            yield index, tensors
+
+
+def _quantize_group(linears: dict[str, nn.Linear], gram: Tensor, bits: int, group_size: int, act_order: bool) -> dict[str, Tensor]:
+    """Packed tensors of layers that read the same input; their rows go through the columns together."""
+    for name, module in linears.items():
+        if not bool(module.weight.isfinite().all()):
+            raise UserError(f"model: {name} has weights that are not finite")
+    results = quantize_rows(torch.cat([module.weight for module in linears.values()]), gram, bits, group_size, act_order)
+    widths = [module.out_features for module in linears.values()]
+    tensors: dict[str, Tensor] = {}
+    for name, codes, scale, zero in zip(linears, *(result.split(widths) for result in results)):
+        tensors |= pack_grid(name, codes, scale, zero, bits)
+    return tensors
+
+
+def quantize_rows(weight: Tensor, gram: Tensor, bits: int, group_size: int,
+                  act_order: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 ``(d_out, d_in)``, scales and zeros float32 ``(d_out, groups)`` of float32 weights ``(d_out, d_in)``.
+
+    ``gram`` is ``X X^T`` ``(d_in, d_in)`` of the inputs. A group's grid is laid when its first channel is reached. With
+    ``act_order`` channels are taken by falling energy instead, and every grid is laid beforehand.
+    """
+    d_in = weight.shape[1]
+    order = torch.argsort(gram.diagonal(), descending=True, stable=True) if act_order else torch.arange(d_in, device=weight.device)
+    group_of = (order // group_size).tolist()
+    grouped = weight.unflatten(1, (-1, group_size))
+    scale, zero = grid(grouped.amin(-1), grouped.amax(-1), bits)
+    upper = inverse_factor(gram[order][:, order])
+    weight = weight[:, order]
+    codes = torch.empty_like(weight, dtype=torch.uint8)
+    step = -(-COLUMNS_AT_ONCE // group_size) * group_size
+    for start in range(0, d_in, step):
+        part = weight[:, start:start + step].clone()
+        triangle = upper[start:start + step, start:start + step]
+        errors = torch.empty_like(part)
+        for i in range(part.shape[1]):
+            g = group_of[start + i]
+            if not act_order and i % group_size == 0:
+                ahead = part[:, i:i + group_size]
+                scale[:, g], zero[:, g] = grid(ahead.amin(1), ahead.amax(1), bits)
+            code = encode(part[:, i:i + 1], scale[:, g], zero[:, g], bits)[:, 0]
+            errors[:, i] = (part[:, i] - (code - zero[:, g]) * scale[:, g]) / triangle[i, i]
+            part[:, i + 1:].addr_(errors[:, i], triangle[i, i + 1:], alpha=-1)
+            codes[:, start + i] = code
+        weight[:, start + step:].addmm_(errors, upper[start:start + step, start + step:], alpha=-1)
+    natural = torch.empty_like(codes)
+    natural[:, order] = codes
+    return natural, scale, zero
+
+
+def inverse_factor(gram: Tensor) -> Tensor:
+    """Upper triangular ``U`` with ``(gram + damping)^-1 = U^T U``, float32; more damping where rounding needs it."""
+    mean = float(gram.diagonal().mean())
+    if mean != mean or mean == float("inf"):
+        raise UserError("model: calibration gives activations that are not finite")
+    eye = torch.eye(len(gram), device=gram.device)
+    damping = DAMPING * mean if mean > 0 else 1.0
+    while True:
+        # Reversed rows and columns turn the lower Cholesky factor into an upper one: gram = V V^T, so U = V^-1.
+        lower, failed = torch.linalg.cholesky_ex((gram + damping * eye).flip(0, 1))
+        if not int(failed):
+            return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+        damping *= 10
