@@ -1,9 +1,9 @@
 """A decoder with a static key-value cache, built from the modules of any Hugging Face model of Llama's shape.
 
-What it supports is read from the model's own modules and config, never from its name: RMSNorm, rotary positions with any fixed
-scaling, grouped-query attention, optional q/k norm, projection biases and sliding windows, gated MLP, tied embeddings. q/k/v
-and gate/up are fused. A step holds no data-dependent Python: positions are a tensor, and the one length it needs is counted by
-the caller, so the same step can be captured as a graph.
+What it supports is read from the model's own modules and config, never from its name: RMSNorm, rotary positions with
+any fixed scaling, grouped-query attention, optional q/k norm, projection biases and sliding windows, gated MLP, tied
+embeddings. q/k/v and gate/up are fused. A step holds no data-dependent Python: positions are a tensor, and the one
+length it needs is counted by the caller, so the same step can be captured as a graph.
 """
 
 import torch
@@ -32,7 +32,7 @@ class RMSNorm(nn.Module):
         self.eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", 1e-6)
         probe = torch.linspace(-1, 1, len(self.weight), dtype=self.weight.dtype, device=self.weight.device)
         if not torch.allclose(self(probe), norm(probe), rtol=1e-2, atol=1e-3):
-            raise UserError(f"model: its {type(norm).__name__} is not x / rms(x) * weight; use decdec.hub for this model")
+            raise UserError(f"model: its {type(norm).__name__} is not x / rms(x) * weight; use decdec.hub for it")
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
@@ -58,7 +58,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], positions: Tensor, mask: Tensor, keys: Tensor,
                 values: Tensor) -> Tensor:
-        """``x`` ``(T, hidden)``; ``keys`` and ``values`` ``(kv_heads, length, head_dim)`` are written at ``positions`` ``(T,)``.
+        """``x`` ``(T, hidden)``; ``keys`` and ``values`` ``(kv_heads, length, head_dim)`` are written at ``positions``
+        ``(T,)``.
 
         ``mask`` is bool ``(T, live)``: the first ``live`` places of the cache are attended where it is true.
         """
@@ -80,7 +81,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """The decoder of one sequence. Takes its modules from ``model``, which is not to be used afterwards.
 
-    ``hub.set_compensation`` and ``hub.memory`` work on it as on the model. Call :meth:`allocate` before the first token.
+    ``hub.set_compensation`` and ``hub.memory`` work on it as on the model. Call :meth:`allocate` before the first
+    token.
     """
 
     def __init__(self, model: nn.Module):
@@ -90,7 +92,8 @@ class Decoder(nn.Module):
         blocks = getattr(body, "layers", nn.ModuleList())
         _check(config, body, blocks)
         self.context = config.max_position_embeddings
-        self.embed, self.head, self.norm = model.get_input_embeddings(), model.get_output_embeddings(), RMSNorm(body.norm)
+        self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.norm = RMSNorm(body.norm)
         # The model's own frequencies, so that every fixed scaling (linear, llama3, yarn, ...) comes with them.
         self.register_buffer("inverse_frequencies", body.rotary_emb.inv_freq.float(), persistent=False)
         self.rotary_scaling = body.rotary_emb.attention_scaling
@@ -99,14 +102,15 @@ class Decoder(nn.Module):
         self.cache_shape = (len(blocks), kv_heads, head_dim)
         self.blocks = nn.ModuleList()
         for i, window in enumerate(_windows(config, len(blocks))):
-            self.blocks.append(Block(blocks[i], f"{model.base_model_prefix}.layers.{i}", heads, kv_heads, head_dim, window))
+            name = f"{model.base_model_prefix}.layers.{i}"
+            self.blocks.append(Block(blocks[i], name, heads, kv_heads, head_dim, window))
             blocks[i] = nn.Identity()  # frees the parts that were fused
         self.keys = self.values = None
         if hasattr(model, "decdec"):
             self.decdec = model.decdec
 
     def allocate(self, length: int) -> None:
-        """Make room for ``length`` tokens: two caches ``(blocks, kv_heads, length, head_dim)`` in the embedding's dtype."""
+        """Make room for ``length`` tokens: caches ``(blocks, kv_heads, length, head_dim)`` in the embedding's dtype."""
         blocks, kv_heads, head_dim = self.cache_shape
         self.keys = self.embed.weight.new_zeros((blocks, kv_heads, length, head_dim))
         self.values = torch.zeros_like(self.keys)
@@ -114,7 +118,8 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, live: int) -> Tensor:
         """Hidden states ``(T, hidden)`` of ``tokens`` int64 ``(T,)`` at ``positions`` int64 ``(T,)``.
 
-        ``live`` counts the cached places to attend to, at least ``max(positions) + 1``; places beyond a token are masked.
+        ``live`` counts the cached places to attend to, at least ``max(positions) + 1``; places beyond a token are
+        masked.
         """
         x = self.embed(tokens)
         angles = positions[:, None].float() * self.inverse_frequencies
@@ -151,7 +156,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _fused(parent: nn.Module, names: tuple[str, ...], name: str) -> nn.Module:
-    """The layers ``names`` of ``parent`` as one, or the one that the model has fused already (called as ``name`` ends)."""
+    """The layers ``names`` of ``parent`` as one, or the one the model itself has fused (called as ``name`` ends)."""
     own = name.rpartition(".")[2]
     if hasattr(parent, own):
         return getattr(parent, own)
@@ -161,8 +166,8 @@ def _fused(parent: nn.Module, names: tuple[str, ...], name: str) -> nn.Module:
     if not all(isinstance(layer, nn.Linear) for layer in layers):
         raise UserError(f"{name}: cannot fuse quantized with unquantized layers")
     first = layers[0].weight
-    fused = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers), bias=layers[0].bias is not None,
-                      device="meta", dtype=first.dtype)
+    fused = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers),
+                      bias=layers[0].bias is not None, device="meta", dtype=first.dtype)
     fused.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]), requires_grad=False)
     if layers[0].bias is not None:
         fused.bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]), requires_grad=False)
@@ -181,12 +186,12 @@ def _windows(config, blocks: int) -> list[int | None]:
 def _check(config, body: nn.Module, blocks: nn.ModuleList) -> None:
     """Refuse a model that computes something this decoder does not."""
     if not len(blocks):
-        raise UserError(f"model: {type(body).__name__} has no layers of Llama's shape; use decdec.hub for this model")
+        raise UserError(f"model: {type(body).__name__} has no layers of Llama's shape; use decdec.hub for it")
     extra = set()
     for block in blocks:
         children = {name for name, _ in block.named_children()}
         if not {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"} <= children:
-            raise UserError(f"model: {type(block).__name__} is not a block of Llama's shape; use decdec.hub for this model")
+            raise UserError(f"model: {type(block).__name__} is not a block of Llama's shape; use decdec.hub for it")
         extra |= children - _BLOCK
         extra |= {name for name, _ in block.self_attn.named_children()} - _ATTENTION
         extra |= {name for name, _ in block.mlp.named_children()} - _MLP
@@ -194,5 +199,5 @@ def _check(config, body: nn.Module, blocks: nn.ModuleList) -> None:
     extra |= {name for name, neutral in _NEUTRAL.items() if getattr(config, name, neutral) not in (neutral, None)}
     extra |= {"longrope"} if getattr(body.rotary_emb, "rope_type", "") == "longrope" else set()
     if extra:
-        raise UserError(f"model: {config.model_type} has {', '.join(sorted(extra))}, which the static decoder does not; "
-                        "use decdec.hub for this model")
+        raise UserError(f"model: {config.model_type} has {', '.join(sorted(extra))}, which the static decoder has not; "
+                        "use decdec.hub for it")

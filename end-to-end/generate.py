@@ -1,7 +1,7 @@
 """Generate text with a DecDEC folder (or an original model): prefill, compensated decoding, streamed to stdout.
 
-The prompt comes from --prompt, --prompt-file or stdin. Tokens per second go to stderr; --json prints one line with everything
-instead of the text. Greedy unless --temperature is above 0.
+The prompt comes from --prompt, --prompt-file or stdin. Tokens per second go to stderr; --json prints one line with
+everything instead of the text. Greedy unless --temperature is above 0.
 """
 
 import argparse
@@ -30,17 +30,20 @@ def parse_arguments() -> argparse.Namespace:
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", help="the prompt (default: read from stdin)")
     prompt.add_argument("--prompt-file", metavar="FILE", help="file that holds the prompt, UTF-8")
-    parser.add_argument("--chat", action="store_true", help="put the prompt as a user's turn into the model's chat template")
+    parser.add_argument("--chat", action="store_true", help="make the prompt a user's turn in the chat template")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
-    parser.add_argument("--k-chunk", type=int, default=0, metavar="K", help="channels compensated a chunk, 0..1024 (default 0)")
+    parser.add_argument("--k-chunk", type=int, default=0, metavar="K",
+                        help="channels compensated in every 1024-wide chunk, 0..1024 (default 0: the base model)")
     parser.add_argument("--selection", default="bucket", choices=("bucket", "exact"),
                         help="how channels are chosen (default bucket, the paper's)")
     parser.add_argument("--compensate-prefill", action="store_true", help="compensate the prompt's positions too")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default 0)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (default: all)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest P of the mass (default 1)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest (default: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
+                        help="sample from the likeliest P of the probability mass (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of activations and unquantized weights (default float32)")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES,
+                        help="of activations and unquantized weights (default float32)")
     parser.add_argument("--json", action="store_true", help="print one JSON line instead of the text")
     return parser.parse_args()
 
@@ -128,8 +131,9 @@ def main() -> None:
             "model": arguments.model, "prompt_tokens": len(prompt), "new_tokens": len(tokens), "text": "".join(text),
             "stopped": len(tokens) < max_new_tokens, "k_chunk": arguments.k_chunk,
             "selection": arguments.selection if arguments.k_chunk else "none",
-            "compensate_prefill": arguments.compensate_prefill, "temperature": arguments.temperature, "top_k": arguments.top_k,
-            "top_p": arguments.top_p, "seed": arguments.seed, "dtype": arguments.dtype, "threads": torch.get_num_threads(),
+            "compensate_prefill": arguments.compensate_prefill, "temperature": arguments.temperature,
+            "top_k": arguments.top_k, "top_p": arguments.top_p, "seed": arguments.seed, "dtype": arguments.dtype,
+            "threads": torch.get_num_threads(),
             "prefill_tokens_per_s": round(timing.prefill_tokens_per_s, 2),
             "decode_tokens_per_s": round(timing.decode_tokens_per_s, 2), **memory}))
     else:

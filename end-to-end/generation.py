@@ -33,7 +33,8 @@ def generate(decoder: Decoder, prompt: Tensor, max_new_tokens: int, sampling: Sa
              stop: Collection[int] = (), timing: Timing | None = None) -> Iterator[int]:
     """Yield up to ``max_new_tokens`` tokens after ``prompt`` int64 ``(T,)``; ends before a token of ``stop``.
 
-    The caller has checked that all of them fit the model's context. The time the caller spends on a token is not counted.
+    The caller has checked that all of them fit the model's context. The time the caller spends on a token is not
+    counted.
     """
     timing = timing or Timing()
     timing.prompt_tokens = len(prompt)

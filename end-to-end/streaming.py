@@ -6,7 +6,7 @@ REPLACEMENT = "\ufffd"  # what a tokenizer decodes an unfinished character to
 
 
 class TextStream:
-    """Text of a growing list of tokens. ``prompt`` ids are context only: some tokenizers drop a space at the very start."""
+    """Text of a growing list of tokens. ``prompt`` is context only: some tokenizers drop a space at the very start."""
 
     def __init__(self, tokenizer, prompt: Sequence[int] = ()):
         self.tokenizer = tokenizer
@@ -16,7 +16,8 @@ class TextStream:
         self.shown = len(self.tokens)
 
     def _decode(self, end: int | None = None) -> str:
-        return self.tokenizer.decode(self.tokens[self.context:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(self.tokens[self.context:end], skip_special_tokens=True,
+                                     clean_up_tokenization_spaces=False)
 
     def push(self, token: int) -> str:
         """The text that ``token`` completes; empty while a character is unfinished."""

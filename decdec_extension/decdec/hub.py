@@ -28,7 +28,7 @@ class Source:
 
 def load(folder: str | Path, dtype: torch.dtype = torch.float32, compensation: Compensation | Mapping = Compensation(),
          cheatsheet: str | Path | None = None) -> nn.Module:
-    """The Hugging Face causal LM of a DecDEC folder, on the CPU, in eval mode; ``dtype`` is that of what is not quantized."""
+    """The Hugging Face causal LM of a DecDEC folder, on the CPU, in eval mode; ``dtype`` is of what is unquantized."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     artifacts.read_quant_config(folder)
@@ -43,12 +43,13 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, compensation: C
 
 def attach(model: nn.Module, folder: str | Path, compensation: Compensation | Mapping = Compensation(),
            cheatsheet: str | Path | None = None) -> nn.Module:
-    """Replace the decoder's linear layers of ``model`` by compensated ones from a DecDEC folder, in place; returns ``model``.
+    """Replace the decoder's linear layers of ``model`` by compensated ones from a DecDEC folder, in place; returns
+    ``model``.
 
-    ``model`` is a Hugging Face causal LM of the same architecture, with weights or on the meta device. Every other tensor of
-    the folder is loaded as well, since AWQ folds its scales into the norms. ``cheatsheet`` names another residual file than the
-    folder's. Residuals are memory-mapped, and read only if something is to be compensated. Raises UserError if the folder is
-    no DecDEC folder or belongs to another model.
+    ``model`` is a Hugging Face causal LM of the same architecture, with weights or on the meta device. Every other
+    tensor of the folder is loaded as well, since AWQ folds its scales into the norms. ``cheatsheet`` names another
+    residual file than the folder's. Residuals are memory-mapped, and read only if something is to be compensated.
+    Raises UserError if the folder is no DecDEC folder or belongs to another model.
     """
     folder = Path(folder)
     quant = artifacts.read_quant_config(folder)
@@ -70,7 +71,8 @@ def attach(model: nn.Module, folder: str | Path, compensation: Compensation | Ma
 
 
 def set_compensation(model: nn.Module, compensation: Compensation | Mapping[str, Compensation]) -> None:
-    """Give every compensated layer of ``model`` new settings: the same for all, or by kind (``qkv``, ``o``, ``gu``, ``d``).
+    """Give every compensated layer of ``model`` new settings: the same for all, or by kind (``qkv``, ``o``, ``gu``,
+    ``d``).
 
     Kinds that a mapping leaves out are not compensated. Residuals and thresholds are loaded on first need.
     """
@@ -83,7 +85,7 @@ def set_compensation(model: nn.Module, compensation: Compensation | Mapping[str,
         settings = dict.fromkeys(layers, compensation)
         if compensation.k_chunk and not layers:
             raise UserError("k_chunk: this model has no compensated layers; attach a DecDEC folder first")
-    wanted = {layer: setting for layer, setting in ((layers[name], settings[name]) for name in layers) if setting.k_chunk}
+    wanted = {layers[name]: setting for name, setting in settings.items() if setting.k_chunk}
     if any(layer.residual is None for layer in wanted):
         _give_residuals([layer for layer in wanted if layer.residual is None], model.decdec)
     calibrated = [layer for layer, setting in wanted.items()
@@ -99,7 +101,7 @@ def compensated_layers(model: nn.Module) -> dict[str, CompensatedLinear]:
 
 
 def memory(model: nn.Module) -> dict[str, int]:
-    """Bytes of ``model``: ``device_bytes`` of weights and buffers, ``host_bytes`` of the residual rows that are in use."""
+    """Bytes of ``model``: ``device_bytes`` of weights and buffers, ``host_bytes`` of residual rows that are in use."""
     on_device = {(t.data_ptr(), t.nbytes) for t in (*model.parameters(), *model.buffers())}
     residuals = [layer.residual for layer in compensated_layers(model).values() if layer.compensation.k_chunk]
     return {"device_bytes": sum(size for _, size in on_device), "host_bytes": sum(rows.nbytes for rows in residuals)}
@@ -119,7 +121,8 @@ class _Tensors:
             except FileNotFoundError:
                 raise UserError(f"{folder / name}: no such file; decdec_setup/quantize.py writes it") from None
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{folder / name}: expected a safetensors file, got one that cannot be read ({error})") from None
+                raise UserError(f"{folder / name}: expected a safetensors file, got one that cannot be read "
+                                f"({error})") from None
             self.file_of |= dict.fromkeys(file.keys(), file)
         self.unread = set(self.file_of)
 
@@ -190,7 +193,8 @@ def _load_rest(model: nn.Module, tensors: _Tensors) -> None:
                 tensor.copy_(value)
     model.tie_weights()
     if tensors.unread:
-        raise UserError(f"{tensors.folder}: tensor {min(tensors.unread)} fits nothing in this model: a folder of another model")
+        raise UserError(f"{tensors.folder}: tensor {min(tensors.unread)} fits nothing in this model: "
+                        "a folder of another model")
 
 
 def _give_residuals(layers: list[CompensatedLinear], source: Source) -> None:
@@ -202,8 +206,8 @@ def _give_residuals(layers: list[CompensatedLinear], source: Source) -> None:
         for name, width in layer.parts:
             row_bytes = packing.residual_row_bytes(width, sheet.bits)
             if sheet.residual[name].shape != (layer.in_features, row_bytes):
-                raise UserError(f"{source.cheatsheet}: {name}: expected residual rows {(layer.in_features, row_bytes)}, "
-                                f"got {tuple(sheet.residual[name].shape)}")
+                raise UserError(f"{source.cheatsheet}: {name}: expected residual rows "
+                                f"{(layer.in_features, row_bytes)}, got {tuple(sheet.residual[name].shape)}")
         residuals, scales = [sheet.residual[name] for name in names], [sheet.scale[name] for name in names]
         if sheet.bits != 16 and any(scale is None for scale in scales):
             raise UserError(f"{source.cheatsheet}: has no residual scale of layer {layer.name}")

@@ -1,4 +1,4 @@
-"""The compensated linear layer: packed base weights on the device, residual rows in CPU memory, ``o = (W_q + R ⊙ M(x)) x``."""
+"""The compensated linear layer: packed base weights, residual rows in CPU memory, ``o = (W_q + R ⊙ M(x)) x``."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -25,10 +25,10 @@ ROWS_AT_ONCE = 512
 class Compensation:
     """What a layer compensates. The defaults compensate nothing.
 
-    ``k_chunk``: channels in every 1024-wide chunk, 0..1024. ``selection``: ``bucket`` (the paper's), ``exact``, ``static``
-    (largest mean square in calibration, over the whole vector) or ``random`` (without replacement in each chunk, from
-    ``seed``): the four of the paper's Figure 16. ``prefill``: also compensate inputs of several positions, each position on
-    its own channels. ``n_tb``: thread blocks that fetch on a GPU.
+    ``k_chunk``: channels in every 1024-wide chunk, 0..1024. ``selection``: ``bucket`` (the paper's), ``exact``,
+    ``static`` (largest mean square in calibration, over the whole vector) or ``random`` (without replacement in each
+    chunk, from ``seed``): the four of the paper's Figure 16. ``prefill``: also compensate inputs of several positions,
+    each position on its own channels. ``n_tb``: thread blocks that fetch on a GPU.
     """
 
     k_chunk: int = 0
@@ -49,13 +49,13 @@ class Compensation:
 class CompensatedLinear(nn.Module):
     """A linear layer of packed weights that can add back the residual of its salient input channels.
 
-    ``packed`` holds ``qweight``, ``codebook``, ``scale`` or ``qweight``, ``scales``, ``zeros`` (layouts: :mod:`decdec.packing`,
-    :mod:`decdec.ops`); they become buffers that follow ``.to(device)`` but keep their dtypes. ``bias`` is ``(out_features,)``.
-    ``parts`` are the names and widths of the layers fused into this one. The residual rows are a plain attribute: no
-    ``state_dict`` holds them and no ``.to()`` moves them.
+    ``packed`` holds ``qweight``, ``codebook``, ``scale`` or ``qweight``, ``scales``, ``zeros`` (layouts:
+    :mod:`decdec.packing`, :mod:`decdec.ops`); they become buffers that follow ``.to(device)`` but keep their dtypes.
+    ``bias`` is ``(out_features,)``. ``parts`` are the names and widths of the layers fused into this one. The residual
+    rows are a plain attribute: no ``state_dict`` holds them and no ``.to()`` moves them.
 
-    An input ``(..., positions, in_features)`` with one position is a decode step and is compensated; one with more is prefill
-    and is compensated only if ``compensation.prefill``. The output has the input's dtype.
+    An input ``(..., positions, in_features)`` with one position is a decode step and is compensated; one with more is
+    prefill and is compensated only if ``compensation.prefill``. The output has the input's dtype.
     """
 
     def __init__(self, name: str, in_features: int, packed: Mapping[str, Tensor], bias: Tensor | None = None,
@@ -79,20 +79,21 @@ class CompensatedLinear(nn.Module):
         self.compensate(Compensation())
 
     def extra_repr(self) -> str:
-        return (f"{self.in_features}, {self.out_features}, {self.bits} bits {self.format}, bias={self.bias is not None}, "
-                f"residual_bits={self.residual_bits}, {self.compensation}")
+        return (f"{self.in_features}, {self.out_features}, {self.bits} bits {self.format}, "
+                f"bias={self.bias is not None}, residual_bits={self.residual_bits}, {self.compensation}")
 
     def _apply(self, fn, recurse=True):
         before = {key: getattr(self, key) for key in self._exact_dtypes if getattr(self, key) is not None}
         super()._apply(fn, recurse)
         for key, tensor in before.items():
             moved = getattr(self, key)
-            if moved.dtype != tensor.dtype:  # .half() and the like: the packed form means what it says only in its own dtype
+            # .half() and the like: the packed form means what it says only in its own dtype.
+            if moved.dtype != tensor.dtype:
                 setattr(self, key, tensor.to(moved.device))
         return self
 
     def set_residual(self, residual: Tensor, scale: Tensor | None, bits: int, nested: bool) -> None:
-        """Give the layer its residual: uint8 rows ``(in_features, row_bytes)``, float16 ``scale`` ``(groups, out_features)``."""
+        """Take the residual: uint8 rows ``(in_features, row_bytes)``, float16 ``scale`` ``(groups, out_features)``."""
         expected = (self.in_features, packing.residual_row_bytes(self.out_features, bits))
         if residual.shape != expected or (scale is not None and scale.shape[1] != self.out_features):
             raise UserError(f"layer {self.name}: residual: expected shape {expected}, got {tuple(residual.shape)}: "
@@ -101,19 +102,19 @@ class CompensatedLinear(nn.Module):
         self.residual_scale = None if scale is None else scale.to(self.qweight.device)
 
     def set_thresholds(self, largest: Tensor, mean_square: Tensor) -> None:
-        """Give the layer what calibration saw of its input, float32 ``(in_features,)`` each (:class:`~decdec.artifacts.Thresholds`)."""
+        """Take what calibration saw of the input, each float32 ``(in_features,)`` (see ``artifacts.Thresholds``)."""
         if largest.shape != (self.in_features,) or mean_square.shape != (self.in_features,):
-            raise UserError(f"layer {self.name}: thresholds: expected {self.in_features} channels, got {tuple(largest.shape)}: "
-                            "thresholds of another model")
+            raise UserError(f"layer {self.name}: thresholds: expected {self.in_features} channels, "
+                            f"got {tuple(largest.shape)}: thresholds of another model")
         self.thresholds = Thresholds({}, {self.name: largest}, {self.name: mean_square})
 
     def compensate(self, compensation: Compensation) -> None:
-        """Take new settings; those with ``k_chunk`` above 0 need the residual, ``bucket`` and ``static`` the thresholds too."""
+        """Take new settings; ``k_chunk`` above 0 needs the residual, ``bucket`` and ``static`` the thresholds too."""
         self.b_0 = self.b_15 = self.static_channels = self.generator = None
         k_chunk, selection = compensation.k_chunk, compensation.selection
         if k_chunk:
             if self.residual is None:
-                raise UserError(f"layer {self.name}: k_chunk {k_chunk} needs residuals (cheatsheet.pt), none are loaded")
+                raise UserError(f"layer {self.name}: k_chunk {k_chunk} needs the residual (cheatsheet.pt), not loaded")
             if selection in ("bucket", "static") and self.thresholds is None:
                 raise UserError(f"layer {self.name}: {selection} selection needs thresholds.pt, none are loaded")
             if selection == "bucket":
@@ -140,22 +141,24 @@ class CompensatedLinear(nn.Module):
             return gemv(rows, *self._base(), self.bias)
         if self.compensation.selection in ("bucket", "exact"):
             gemv = ops.codebook_gemv_compensated if self.format == "codebook" else ops.uniform_gemv_compensated
-            return gemv(rows, *self._base(), self.bias, self.residual, self.residual_scale, self.residual_bits, self.nested,
-                        self.compensation.k_chunk, self.b_0, self.b_15, n_tb=self.compensation.n_tb)
-        return self._by_gemv(rows, False) + ops.residual_gemv(rows, self.channels(rows), self.residual, self.residual_scale,
-                                                              self.residual_bits, self.nested, self.out_features)
+            return gemv(rows, *self._base(), self.bias, *self._residual(), self.compensation.k_chunk,
+                        self.b_0, self.b_15, n_tb=self.compensation.n_tb)
+        return self._by_gemv(rows, False) + ops.residual_gemv(rows, self.channels(rows), *self._residual(),
+                                                              self.out_features)
 
     def _by_matmul(self, rows: Tensor, compensated: bool) -> Tensor:
         out = F.linear(rows, self.dequantize(rows.dtype), self.bias)
         if compensated:
-            residual = ops.residual_dequantize(self.residual, self.residual_scale, self.residual_bits, self.nested,
-                                               self.out_features, rows.dtype)
+            residual = ops.residual_dequantize(*self._residual(), self.out_features, rows.dtype)
             for part, part_out in zip(rows.split(ROWS_AT_ONCE), out.split(ROWS_AT_ONCE)):
                 part_out += self._salient(part) @ residual
         return out
 
     def _base(self) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(getattr(self, key) for key in self._exact_dtypes[:3])
+
+    def _residual(self) -> tuple[Tensor, Tensor | None, int, bool]:
+        return self.residual, self.residual_scale, self.residual_bits, self.nested
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The base weights ``W_q`` as ``(out_features, in_features)`` in ``dtype``."""
@@ -175,14 +178,15 @@ class CompensatedLinear(nn.Module):
                 chosen.append(drawn.sort(dim=1).values + chunk * CHUNK)
             return torch.cat(chosen, dim=1).to(torch.int32).to(rows.device)
         at_once = FEW_ROWS if rows.is_cuda else len(rows)
-        return torch.cat([ops.select_channels(part, setting.k_chunk, self.b_0, self.b_15) for part in rows.split(at_once)])
+        return torch.cat([ops.select_channels(part, setting.k_chunk, self.b_0, self.b_15)
+                          for part in rows.split(at_once)])
 
     def _salient(self, rows: Tensor) -> Tensor:
         """``rows`` with every channel but the selected ones set to 0."""
         channels = self.channels(rows)
         spill = torch.where(channels < 0, self.in_features, channels).long()  # -1 goes to a column that is dropped
-        kept = torch.zeros((len(rows), self.in_features + 1), dtype=torch.bool, device=rows.device).scatter_(1, spill, True)
-        return torch.where(kept[:, :-1], rows, 0)
+        kept = torch.zeros((len(rows), self.in_features + 1), dtype=torch.bool, device=rows.device)
+        return torch.where(kept.scatter_(1, spill, True)[:, :-1], rows, 0)
 
 
 def concatenate_residuals(residuals: Sequence[Tensor], widths: Sequence[int], bits: int) -> Tensor:
@@ -194,7 +198,7 @@ def concatenate_residuals(residuals: Sequence[Tensor], widths: Sequence[int], bi
 
 
 def fuse(layers: Sequence[CompensatedLinear], name: str) -> CompensatedLinear:
-    """One layer with the outputs of ``layers``, which share their input (q/k/v, gate/up), in their order and with their setting."""
+    """One layer with the outputs of ``layers``, which share their input (q/k/v, gate/up), in their order."""
     first = layers[0]
     for what in ("in_features", "format", "bits", "residual_bits", "nested", "compensation"):
         values = [getattr(layer, what) for layer in layers]
@@ -215,13 +219,14 @@ def fuse(layers: Sequence[CompensatedLinear], name: str) -> CompensatedLinear:
     bias = None
     if any(layer.bias is not None for layer in layers):
         given = next(layer.bias for layer in layers if layer.bias is not None)
-        bias = torch.cat([given.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers])
+        bias = torch.cat([given.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+                          for layer in layers])
 
     fused = CompensatedLinear(name, first.in_features, packed, bias, [part for layer in layers for part in layer.parts])
     if first.residual is not None:
         scale = None if first.residual_scale is None else torch.cat([layer.residual_scale for layer in layers], dim=1)
-        fused.set_residual(concatenate_residuals([layer.residual for layer in layers], widths, first.residual_bits), scale,
-                           first.residual_bits, first.nested)
+        rows = concatenate_residuals([layer.residual for layer in layers], widths, first.residual_bits)
+        fused.set_residual(rows, scale, first.residual_bits, first.nested)
     if first.thresholds is not None:  # one input, so one calibration
         fused.set_thresholds(first.thresholds.largest[first.name], first.thresholds.mean_square[first.name])
     fused.compensate(first.compensation)

@@ -1,7 +1,7 @@
 """DecDEC as a quantization method of transformers: ``AutoModelForCausalLM.from_pretrained(folder)``.
 
-Import this module first; without it transformers skips the packed weights with a warning. What is loaded is the base model:
-``hub.set_compensation(model, Compensation(k_chunk=32))`` switches compensation on.
+Import this module first; without it transformers skips the packed weights with a warning. What is loaded is the base
+model: ``hub.set_compensation(model, Compensation(k_chunk=32))`` switches compensation on.
 """
 
 from pathlib import Path
@@ -31,7 +31,7 @@ class DecdecConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class DecdecQuantizer(HfQuantizer):
-    """Puts compensated layers into the skeleton before transformers loads the weights, and the source of residuals after."""
+    """Puts compensated layers into the skeleton before the weights are loaded, and the source of residuals after."""
 
     requires_calibration = True
     is_trainable = False

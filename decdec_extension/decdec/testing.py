@@ -1,4 +1,4 @@
-"""What the tests of several rooms share: running a script as a user does, reading its refusal, and quick model folders."""
+"""What the tests of several rooms share: running scripts as a user does, reading refusals, quick model folders."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def refused(result: subprocess.CompletedProcess) -> str:
 
 def quick_folder(model, folder: str | Path, form: str = "codebook", bits: int = 3, residual_bits: int = 4,
                  nested: bool = False, group_size: int = 32) -> Path:
-    """Write ``model`` (a Hugging Face causal LM) as a DecDEC folder, rounded to nearest, with residuals and made-up thresholds."""
+    """Write a Hugging Face causal LM as a DecDEC folder: rounded to nearest, with residuals and made-up thresholds."""
     from safetensors.torch import save_file
 
     from decdec import artifacts, files, models
@@ -48,7 +48,8 @@ def quick_folder(model, folder: str | Path, form: str = "codebook", bits: int = 
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     files.write_json(folder / "config.json", model.config.to_dict() | {"quantization_config": quant.to_dict()})
-    artifacts.save_cheatsheet(folder / artifacts.CHEATSHEET, artifacts.Cheatsheet(residual_bits, nested, residual, scale), quant)
+    sheet = artifacts.Cheatsheet(residual_bits, nested, residual, scale)
+    artifacts.save_cheatsheet(folder / artifacts.CHEATSHEET, sheet, quant)
     artifacts.save_thresholds(folder / artifacts.THRESHOLDS, artifacts.Thresholds({}, largest, mean_square), quant)
     return folder
 

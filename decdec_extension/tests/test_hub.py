@@ -21,7 +21,8 @@ IDS = torch.arange(24)[None] * 5 % 160
 
 def original(tied=True, qwen=False):
     torch.manual_seed(0)
-    model = (Qwen2ForCausalLM(Qwen2Config(**SIZES)) if qwen else LlamaForCausalLM(LlamaConfig(tie_word_embeddings=tied, **SIZES)))
+    config = Qwen2Config(**SIZES) if qwen else LlamaConfig(tie_word_embeddings=tied, **SIZES)
+    model = Qwen2ForCausalLM(config) if qwen else LlamaForCausalLM(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
@@ -52,7 +53,8 @@ def logits(model):
     return model(IDS, use_cache=False).logits
 
 
-@pytest.mark.parametrize("tied, qwen, form", [(True, False, "codebook"), (False, False, "uniform"), (False, True, "uniform")])
+@pytest.mark.parametrize("tied, qwen, form", [(True, False, "codebook"), (False, False, "uniform"),
+                                              (False, True, "uniform")])
 def test_loaded_and_attached_models_equal_the_dequantized_one(tmp_path, tied, qwen, form):
     path = quick_folder(original(tied, qwen), tmp_path / "m", form)
     want = logits(dense(original(tied, qwen), path))
@@ -103,7 +105,8 @@ def test_nested_residuals_and_half_precision(tmp_path):
 
 def test_generate_decodes_with_compensation(folder):
     model = hub.load(folder, compensation=Compensation(1024, "exact"))
-    out = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    out = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=6, do_sample=False, pad_token_id=0,
+                         eos_token_id=None)
     assert out.shape == (1, 30)
     hub.set_compensation(model, Compensation(1024, "exact", prefill=True))
     with torch.no_grad():  # the decoded positions, taken again in one pass with every position compensated

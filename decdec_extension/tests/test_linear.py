@@ -14,7 +14,8 @@ from decdec.linear import FEW_ROWS, Compensation, CompensatedLinear, fuse
 NAME = "model.layers.0.self_attn.q_proj"
 
 
-def make_layer(d_in=1100, d_out=40, form="codebook", bits=3, residual_bits=4, seed=0, name=NAME, bias=True, group_size=100):
+def make_layer(d_in=1100, d_out=40, form="codebook", bits=3, residual_bits=4, seed=0, name=NAME, bias=True,
+               group_size=100):
     draw = torch.Generator().manual_seed(seed)
     packed = {"qweight": packing.pack_codes(torch.randint(0, 2**bits, (d_out, d_in), generator=draw), bits)}
     if form == "codebook":
@@ -29,16 +30,16 @@ def make_layer(d_in=1100, d_out=40, form="codebook", bits=3, residual_bits=4, se
     else:
         half = 2**(residual_bits - 1)
         codes = torch.randint(-half, half, (d_in, d_out), generator=draw)
-        layer.set_residual(packing.pack_residual(codes, residual_bits), torch.rand((1, d_out), generator=draw).half() / half,
-                           residual_bits, False)
+        scale = torch.rand((1, d_out), generator=draw).half() / half
+        layer.set_residual(packing.pack_residual(codes, residual_bits), scale, residual_bits, False)
     layer.set_thresholds(torch.linspace(4, 0.01, d_in), torch.rand(d_in, generator=draw))
     return layer
 
 
 def base_weight(layer):
     if layer.format == "codebook":
-        return reference.codebook_dequantize(layer.qweight, layer.codebook, layer.scale, layer.in_features, torch.float32)
-    return reference.uniform_dequantize(layer.qweight, layer.scales, layer.zeros, layer.in_features, torch.float32)
+        return reference.codebook_dequantize(layer.qweight, layer.codebook, layer.scale, layer.in_features, torch.float)
+    return reference.uniform_dequantize(layer.qweight, layer.scales, layer.zeros, layer.in_features, torch.float)
 
 
 def expected(layer, x, channels):
@@ -144,7 +145,7 @@ def test_fuse_then_pack_equals_pack_then_fuse(form, widths, residual_bits):
         fused.compensate(setting)
         for layer in layers:
             layer.thresholds = None
-            layer.set_thresholds(*(table[fused.name] for table in (fused.thresholds.largest, fused.thresholds.mean_square)))
+            layer.set_thresholds(fused.thresholds.largest[fused.name], fused.thresholds.mean_square[fused.name])
             layer.compensate(setting)
         assert_close(fused(x), torch.cat([layer(x) for layer in layers], dim=1), rtol=1e-5, atol=1e-4)
 
@@ -162,7 +163,8 @@ def test_casting_keeps_the_packed_form_and_leaves_residuals_where_they_are():
     residual, scale = layer.residual, layer.residual_scale.clone()
     layer.to(torch.bfloat16)
     assert all(torch.equal(layer.state_dict()[key], tensor) for key, tensor in before.items())
-    assert layer.bias.dtype == torch.bfloat16 and layer.residual is residual and torch.equal(layer.residual_scale, scale)
+    assert layer.bias.dtype == torch.bfloat16
+    assert layer.residual is residual and torch.equal(layer.residual_scale, scale)
     assert set(layer.state_dict()) == {"qweight", "codebook", "scale", "bias"}
     layer.compensate(Compensation(8, "exact"))
     x = torch.randn((1, 1100))

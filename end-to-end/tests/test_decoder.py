@@ -29,7 +29,8 @@ SHAPES = {
     "qwen2": ("Qwen2", dict()),
     "qwen2-window": ("Qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)),
     "qwen3": ("Qwen3", dict(head_dim=32)),
-    "phi3": ("Phi3", dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5})),
+    "phi3": ("Phi3", dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0,
+                                           "partial_rotary_factor": 0.5})),
 }
 PROMPT = torch.arange(21) * 7 % 160
 
@@ -70,7 +71,8 @@ def test_logits_equal_hugging_face(shape):
     assert_close(logits_of_decoder(Decoder(original(shape)), PROMPT, 15), want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape, form", [("llama", "codebook"), ("biases", "uniform"), ("qwen3", "codebook"), ("phi3", "uniform")])
+@pytest.mark.parametrize("shape, form", [("llama", "codebook"), ("biases", "uniform"), ("qwen3", "codebook"),
+                                         ("phi3", "uniform")])
 def test_compensated_logits_equal_the_attached_model(tmp_path, shape, form):
     folder = quick_folder(original(shape), tmp_path / "m", form)
     decoder, seen = Decoder(hub.load(folder)), []
@@ -81,7 +83,8 @@ def test_compensated_logits_equal_the_attached_model(tmp_path, shape, form):
         want = logits_of_hugging_face(hub.load(folder, compensation=setting), PROMPT, 15)
         assert_close(seen[-1], want, rtol=1e-4, atol=1e-4)
     assert_close(seen[1][0], seen[0][0])  # the prompt is not compensated unless asked
-    assert not torch.allclose(seen[1][1], seen[0][1], atol=1e-3) and not torch.allclose(seen[2][0], seen[0][0], atol=1e-3)
+    assert not torch.allclose(seen[1][1], seen[0][1], atol=1e-3)
+    assert not torch.allclose(seen[2][0], seen[0][0], atol=1e-3)
 
 
 def test_half_precision_follows_hugging_face(tmp_path):
@@ -112,7 +115,8 @@ def test_greedy_text_equals_hugging_face_and_is_timed(tmp_path):
     folder = quick_folder(original("tied"), tmp_path / "m")
     model, decoder, timing = hub.load(folder, compensation=Compensation(16)), Decoder(hub.load(folder)), Timing()
     hub.set_compensation(decoder, Compensation(16))
-    want = model.generate(PROMPT[None], attention_mask=torch.ones(1, 21), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    want = model.generate(PROMPT[None], attention_mask=torch.ones(1, 21), max_new_tokens=12, do_sample=False,
+                          eos_token_id=None)
     got = list(generate(decoder, PROMPT, 12, timing=timing))
     assert got == want[0, 21:].tolist()
     assert (timing.prompt_tokens, timing.steps) == (21, 11) and timing.prefill_s > 0 and timing.decode_s > 0
@@ -124,15 +128,15 @@ def test_memory_and_settings_work_as_on_the_model(tmp_path):
     decoder = Decoder(hub.load(folder))
     assert hub.memory(decoder)["host_bytes"] == 0
     hub.set_compensation(decoder, {"qkv": Compensation(8), "gu": Compensation(4)})
-    assert {name: layer.compensation.k_chunk for name, layer in hub.compensated_layers(decoder).items() if ".0." in f".{name}"} == {
-        "blocks.0.qkv": 8, "blocks.0.o": 0, "blocks.0.gu": 4, "blocks.0.d": 0}
+    k_chunks = {name: layer.compensation.k_chunk for name, layer in hub.compensated_layers(decoder.blocks[0]).items()}
+    assert k_chunks == {"qkv": 8, "o": 0, "gu": 4, "d": 0}
     model = hub.load(folder)
     assert hub.memory(decoder)["device_bytes"] == pytest.approx(hub.memory(model)["device_bytes"], rel=0.02)
 
 
 @pytest.mark.parametrize("family, changes, match", [
-    ("Gemma", dict(head_dim=16), "RMSNorm"), ("Olmo2", dict(), "shape"), ("Granite", dict(residual_multiplier=0.5), "residual"),
-    ("GPTNeoX", dict(), "shape"),
+    ("Gemma", dict(head_dim=16), "RMSNorm"), ("Olmo2", dict(), "shape"),
+    ("Granite", dict(residual_multiplier=0.5), "residual"), ("GPTNeoX", dict(), "shape"),
     ("Phi3", dict(original_max_position_embeddings=64, rope_parameters={
         "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}), "longrope"),
 ])

@@ -47,7 +47,8 @@ def test_a_seed_repeats_and_another_differs():
     assert draws(1) == draws(1) != draws(2)
 
 
-@pytest.mark.parametrize("wrong", [dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=-1), dict(top_p=0), dict(top_p=1.1)])
+@pytest.mark.parametrize("wrong", [dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=-1), dict(top_p=0),
+                                   dict(top_p=1.1)])
 def test_bad_settings_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         Sampling(**wrong)
