@@ -5,8 +5,9 @@ base GEMV and the link at their full rates. Measured kernels add a fixed cost to
 over the link, the merge), and slow the base GEMV once too few SMs are left to it.
 """
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shapes import Layer
 
@@ -29,6 +30,10 @@ class Rates:
     busy_sms: float = 0.6
     launch_us: float = 1.0
 
+    def without_fixed_costs(self) -> "Rates":
+        """The paper's law: fetching costs its bytes alone, and takes no SM from the base GEMV."""
+        return replace(self, block_gb_s=math.inf, fixed_us=0.0, busy_sms=0.0, launch_us=0.0)
+
 
 def knee(bits: int, residual_bits: int, dram_gb_s: float, link_gb_s: float) -> float:
     """k_chunk up to which fetching is hidden: ``1024 / R_bw * bits / residual_bits``."""
@@ -42,8 +47,9 @@ def normalised_law(k_chunk: float, knee_at: float) -> float:
 
 def base_us(layer: Layer, rates: Rates, sms: int | None = None) -> float:
     """Time of the base GEMV on ``sms`` SMs (default all), microseconds."""
-    share = (rates.sms if sms is None else sms) / (rates.busy_sms * rates.sms)
-    return rates.launch_us + layer.base_bytes / (rates.dram_gb_s * 1e3 * min(1.0, share))
+    needed = rates.busy_sms * rates.sms
+    share = min(1.0, (rates.sms if sms is None else sms) / needed) if needed else 1.0
+    return rates.launch_us + layer.base_bytes / (rates.dram_gb_s * 1e3 * share)
 
 
 def fetch_us(layer: Layer, k_chunk: int, link_gb_s: float, fixed_us: float) -> float:

@@ -1,12 +1,11 @@
 """What fetching is worth: predicted loss removed by compensating k_chunk channels, for each kind of layer.
 
-Compensating a set S of channels removes about ``sum over c in S of x_c^2 |R_c|^2`` from a layer's squared output error, R_c being
-the residual row of channel c (errors of different channels taken as independent). Two sources, the better one first:
+Two sources, the better one first:
 
-* ``gains.safetensors``, written into the model folder by measure_gains.py: this sum over real inputs, times how much the loss
-  feels an error at that layer's output. In nats per token.
-* ``thresholds.pt`` and ``cheatsheet.pt`` alone: the sum estimated from the largest |x| at each rank, over the layer's squared
-  output. A fraction of output energy; layers count alike.
+* ``gains.safetensors``, written into the model folder by measure_gains.py from gradients of the loss. In nats per token.
+* ``thresholds.pt`` and ``cheatsheet.pt`` alone: fetching channel c removes about ``x_c^2 |R_c|^2`` of a layer's squared output
+  error (errors of different channels taken as independent), which is estimated from the largest |x| at each rank. As a fraction
+  of the layer's squared output; layers count alike.
 """
 
 from collections.abc import Iterable
@@ -43,7 +42,17 @@ def read_gains(folder: str | Path, layers: Iterable[Layer]) -> tuple[dict[Layer,
         if key not in summed:
             raise UserError(f"{folder}: gains: {name} is no layer of this model")
         summed[key] += gain.double()
-    return {layer: summed[layer.kind, layer.bits] for layer in layers}, unit
+    # Noise must not make fetching more look worse than fetching less, nor than nothing.
+    return {layer: summed[layer.kind, layer.bits].cummax(dim=0).values for layer in layers}, unit
+
+
+def config_of(path: Path) -> str | None:
+    """Hash of how a gains file was measured; None if there is no readable one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("config_hash")
+    except (SafetensorError, OSError):
+        return None
 
 
 def _measured(path: Path, quant: QuantConfig) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", type=float, default=3, help="of random weights: 2, 3, 4, or 3.5 for half 3 and half 4 (default 3)")
     parser.add_argument("--format", choices=FORMATS, default="codebook", help="of random weights (default codebook)")
     parser.add_argument("--simulate", metavar="GPU", help=f"a GPU that is not here: {', '.join(datasheet.GPUS)}")
+    parser.add_argument("--law", action="store_true", help="simulate by the paper's law (section 5.1), without fixed costs")
     parser.add_argument("--selection", choices=SELECTIONS, default="bucket", help="channel selection (default bucket, the paper's)")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of activations (default float16)")
     parser.add_argument("--profile", required=True, metavar="FILE", help="JSON-lines file of measured times")
@@ -60,9 +61,13 @@ def open_session(arguments: argparse.Namespace, sms: int | None):
             raise UserError("sms: a simulated GPU has the SMs of its data sheet")
         sheet = datasheet.sheet_of(arguments.simulate)
         rates = simulated.simulated_rates(sheet)
+        if arguments.law:
+            rates = rates.without_fixed_costs()
         device = plan.Device(sheet.name, sheet.sms, simulated=True)
         yield Session(device, _conditions(arguments, device, f"{SIMULATED}-{config_hash(asdict(rates))}"), rates, simulated.SimulatedTimer(rates), {})
         return
+    if arguments.law:
+        raise UserError("law: only a simulation (--simulate GPU) can follow the law")
     here = plan.this_device()
     if here is None:
         raise UserError("no GPU here (torch finds none): use --simulate GPU to tune for one from its data sheet")

@@ -7,6 +7,7 @@ then measured afresh; elsewhere it rests on the saved rows.
 
 import argparse
 import platform
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -48,6 +49,9 @@ def tune(shapes: Shapes, session: Session, rows: list[dict], targets: list[Targe
         gain = gains and float(sum(by_layer[layer][setting.k_chunk] for layer, setting in settled.settings.items()))
         tuned.append(Tuned(target.percent, target.scope, "quality" if gains else "paper", settled.predicted_percent,
                            settled.measured_percent, target.rest_us, gain, choices(settled)))
+        if (settled.measured_percent or 0.0) > target.percent:
+            print(f"warning: target {target.percent:g} %: no choice was measured to keep it, the last took "
+                  f"{settled.measured_percent:.1f} %", file=sys.stderr)
     if profiler is not None:
         profiler.warn_if_noisy()
     versions = {"torch": torch.__version__, "python": platform.python_version(), "library": session.conditions.library}
@@ -56,13 +60,14 @@ def tune(shapes: Shapes, session: Session, rows: list[dict], targets: list[Targe
 
 
 def rest_us(arguments: argparse.Namespace, shapes: Shapes, session: Session, base_us: float) -> float:
-    """Time of a token outside the linear layers."""
+    """Time of a token outside the linear layers; 0 where it is not known and the target does not depend on it."""
     if arguments.token_ms is None:
-        if not session.device.simulated:
-            raise UserError("token-ms: an end-to-end target needs the milliseconds of a token without compensation "
-                            "(generate.py --k-chunk 0 prints tokens a second)")
-        # The output head is nearly all of it in a decoder that runs as one graph.
-        return shapes.head_bytes / (session.rates.dram_gb_s * 1e3)
+        if session.device.simulated:  # the output head is nearly all of it in a decoder that runs as one graph
+            return shapes.head_bytes / (session.rates.dram_gb_s * 1e3)
+        if arguments.scope == "kernel":
+            return 0.0
+        raise UserError("token-ms: an end-to-end target needs the milliseconds of a token without compensation "
+                        "(generate.py --k-chunk 0 prints tokens a second)")
     rest = 1e3 * arguments.token_ms - base_us
     if rest < 0:
         raise UserError(f"token-ms: the linear layers alone take {base_us / 1e3:.2f} ms a token, got {arguments.token_ms:g}")
@@ -100,9 +105,7 @@ def main() -> None:
             session = sessions.saved_session(arguments, arguments.sms)
         else:
             session = stack.enter_context(sessions.open_session(arguments, arguments.sms))
-        rest = 0.0
-        if arguments.scope == "end-to-end":
-            rest = rest_us(arguments, shapes, session, decide.total_us(Timings(shapes.layers, session.conditions, rows)))
+        rest = rest_us(arguments, shapes, session, decide.total_us(Timings(shapes.layers, session.conditions, rows)))
         targets = [Target(percent, arguments.scope, rest) for percent in arguments.target]
         made = tune(shapes, session, rows, targets, gains, arguments.profile)
     out = Path(arguments.out or Path(arguments.model) / plan.PLAN)

@@ -48,7 +48,7 @@ class Tuned:
     objective: str  # "quality": most predicted loss removed; "paper": the paper's two phases
     predicted_percent: float
     measured_percent: float | None
-    rest_us: float  # of a token outside the linear layers, as the end-to-end scope takes it
+    rest_us: float  # of a token outside the linear layers; 0 if not known, which only the kernel scope allows
     gain: float | None  # predicted loss removed, in the unit of the plan's ``gain_source``
     choices: tuple[Choice, ...]
 

@@ -1,0 +1,159 @@
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gains import DERIVED, GAINS, MEASURED, read_gains
+from measure_gains import at_k_chunk, removed_by_rank
+from shapes import from_folder
+
+from decdec.artifacts import read_quant_config
+from decdec.errors import UserError
+from decdec.files import read_rows
+from decdec.plan import Device, load_plan
+from decdec.testing import refused, run_script
+from decdec.tiny import make_model
+
+ROOM = Path(__file__).parents[1]
+SETUP = ROOM.parent / "decdec_setup"
+RANDOM = ("--random-weights", "llama-3-8b", "--simulate", "4050M")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """The tiny model at 3 bits with cheatsheet.pt and thresholds.pt."""
+    original = make_model(tmp_path_factory.mktemp("tuner") / "tiny")
+    out = original.parent / "tiny-w3"
+    text = ("--text", "pydoc", "--samples", 4, "--length", 64)
+    for script, *arguments in (("quantize.py", "--model", original, "--method", "rtn", "--bits", 3, "--out", out, *text),
+                               ("cheatsheet.py", out), ("thresholds.py", out, *text)):
+        result = run_script(SETUP / script, *arguments)
+        assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def profile(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("profile") / "rows.jsonl"
+    result = run_script(ROOM / "run_profile.py", *RANDOM, "--profile", path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("points") == 4
+    return path
+
+
+def tune(*arguments):
+    return run_script(ROOM / "tuner.py", *arguments)
+
+
+def test_simulated_targets_give_a_plan_near_the_papers_table_3(profile, tmp_path):
+    """4050M, 3-bit Llama-3-8B at 2.5 %: the paper chose (55,56,58,55)."""
+    result = tune(*RANDOM, "--profile", profile, "--out", tmp_path / "plan.json", "--target", 2.5, 20, "--rows", tmp_path / "rows.jsonl")
+    assert result.returncode == 0, result.stderr
+    plan = load_plan(tmp_path / "plan.json")
+    assert plan.device == Device("4050M", 20, simulated=True) and plan.at().measured_percent is None
+    assert [tuned.target_percent for tuned in plan.tuned] == [2.5, 20]
+    assert all(0 < tuned.predicted_percent <= tuned.target_percent for tuned in plan.tuned)
+    assert all(abs(choice.k_chunk - paper) <= 5 for choice, paper in zip(plan.at().choices, (55, 56, 58, 55)))
+    assert "SIMULATED" in result.stdout and len(read_rows(tmp_path / "rows.jsonl")) == 8
+
+
+def test_saved_rows_alone_give_the_same_plan(profile, tmp_path):
+    for name, device in (("here", ("--simulate", "4050M")), ("saved", ("--saved",))):
+        assert tune("--random-weights", "llama-3-8b", *device, "--profile", profile, "--out", tmp_path / name).returncode == 0
+    assert (tmp_path / "here").read_text() == (tmp_path / "saved").read_text()
+
+
+def test_an_end_to_end_target_allows_more(profile, tmp_path):
+    chosen = {}
+    for scope in ("kernel", "end-to-end"):
+        assert tune(*RANDOM, "--profile", profile, "--out", tmp_path / scope, "--scope", scope).returncode == 0
+        chosen[scope] = load_plan(tmp_path / scope).at()
+    assert sum(c.k_chunk for c in chosen["end-to-end"].choices) > sum(c.k_chunk for c in chosen["kernel"].choices)
+    assert chosen["end-to-end"].predicted_percent <= 5
+
+
+def test_figure_table_and_csv_from_the_rows(profile, tmp_path):
+    assert tune(*RANDOM, "--profile", profile, "--out", tmp_path / "plan.json").returncode == 0
+    result = run_script(ROOM / "fig12_normalised_time.py", *RANDOM, "--profile", profile, "--out", tmp_path / "figures")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "figures" / "fig12_gu_w3.pdf").read_bytes().startswith(b"%PDF")
+    table = run_script(ROOM / "table3.py", tmp_path / "plan.json").stdout
+    assert "| 4050M 20 SMs (simulated) | 5% |" in table and "predicted" in table
+    lines = run_script(ROOM / "export_csv.py", profile, "--what", "timing").stdout.splitlines()
+    assert "k_chunk,us,spread" in lines[0] and len(lines) > 100
+
+
+def test_the_whole_stage_on_a_folder_and_its_plan_is_refused_elsewhere(folder, tmp_path):
+    result = run_script(ROOM / "tune.sh", folder, 50, env=os.environ | {"PYTHON": sys.executable,
+                                                           "SIMULATE": "4050M", "TEXT": "pydoc", "RESULTS": str(tmp_path)})
+    assert result.returncode == 0, result.stderr
+    quant = read_quant_config(folder)
+    plan = load_plan(folder / "plan.json", quant)
+    assert plan.gain_source == MEASURED and plan.at().objective == "quality"
+    with pytest.raises(UserError, match="tuned for a simulated 4050M with 20 SMs, but this is H100 with 132 SMs"):
+        load_plan(folder / "plan.json", quant, Device("H100", 132))
+    content = json.loads((folder / "plan.json").read_text())
+    (tmp_path / "other.json").write_text(json.dumps(content | {"weights_hash": "feed"}))
+    with pytest.raises(UserError, match="tuned for weights feed"):
+        load_plan(tmp_path / "other.json", quant)
+    (tmp_path / "broken.json").write_text(json.dumps({k: v for k, v in content.items() if k != "device"}))
+    with pytest.raises(UserError, match="cannot be read"):
+        load_plan(tmp_path / "broken.json")
+    again = run_script(ROOM / "measure_gains.py", folder, "--text", "pydoc")
+    assert "is there already" in again.stdout
+
+
+def test_gains_without_gradients_come_from_thresholds(folder):
+    layers = from_folder(folder).layers
+    kept = (folder / GAINS).read_bytes() if (folder / GAINS).exists() else None
+    (folder / GAINS).unlink(missing_ok=True)
+    gains, unit = read_gains(folder, layers)
+    assert unit == DERIVED
+    for gain in gains.values():
+        assert gain[0] == 0 and gain[1] > 0 and bool((gain.diff() >= 0).all()) and gain[-1] > 0.01
+    if kept:
+        (folder / GAINS).write_bytes(kept)
+
+
+def test_removed_loss_is_that_of_a_quadratic():
+    """For a loss 1/2 |o - target|^2 whose whole error is R x, compensating everything removes all of it; and ranks are by |x| in each chunk."""
+    torch.manual_seed(0)
+    x, residual = torch.randn(5, 1500), torch.randn(1500, 7)
+    gradient = -(x @ residual)  # at the output without compensation, o - target = -R x
+    by_rank = removed_by_rank(x, gradient, residual)
+    assert [len(part) for part in by_rank] == [1024, 476]
+    gain = at_k_chunk(by_rank)
+    assert gain[0] == 0 and gain[1024] == pytest.approx(float(0.5 * gradient.square().sum()), rel=1e-4)
+    order = x[:, :1024].abs().argsort(dim=1, descending=True)[:, 0], x[:, 1024:].abs().argsort(dim=1, descending=True)[:, 0] + 1024
+    first = sum(float(-0.5 * x[t, c] * (gradient[t] @ residual[c])) for best in order for t, c in enumerate(best))
+    assert gain[1] == pytest.approx(first, rel=1e-4)
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (("--profile", "p"), "model: expected either"),
+    (("--random-weights", "gpt-9", "--profile", "p"), "random-weights"),
+    (("--random-weights", "llama-3-8b", "--bits", "5", "--simulate", "4090", "--profile", "p"), "bits"),
+    (("--random-weights", "llama-3-8b", "--simulate", "9999", "--profile", "p"), "simulate: expected one of 4090"),
+    (("nowhere", "--simulate", "4090", "--profile", "p"), "no such file"),
+    (("--random-weights", "llama-3-8b", "--simulate", "4090", "--target", "0", "--profile", "p"), "target")])
+def test_profile_refusals(tmp_path, arguments, says):
+    assert says in refused(run_script(ROOM / "run_profile.py", *arguments, cwd=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_no_gpu_is_one_line(tmp_path):
+    assert "use --simulate" in refused(run_script(ROOM / "run_profile.py", *RANDOM[:2], "--profile", tmp_path / "p"))
+
+
+def test_tuner_refusals(profile, tmp_path):
+    out = ("--out", tmp_path / "plan.json")
+    assert "no such file" in refused(tune(*RANDOM, "--profile", tmp_path / "none", *out))
+    assert "no base time" in refused(tune(*RANDOM, "--selection", "exact", "--profile", profile, *out))
+    assert "objective: quality needs calibration" in refused(tune(*RANDOM, "--objective", "quality", "--profile", profile, *out))
+    assert "say where the plan goes" in refused(tune(*RANDOM, "--profile", profile))
+    (tmp_path / "text").write_text("not rows")
+    assert "line 1" in refused(tune(*RANDOM, "--profile", tmp_path / "text", *out))
+    assert not (tmp_path / "plan.json").exists()
