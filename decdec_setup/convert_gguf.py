@@ -55,7 +55,7 @@ def _write_model(gguf: Path, folder: Path) -> None:
         # Without dequantize=True the model stays quantized and cannot be saved.
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float16,
                                                      quantization_config=GgufConfig(dequantize=True))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the readers raise many kinds for truncated or foreign files
         raise UserError(f"GGUF: {gguf.name} could not be read: {str(error).splitlines()[0]}") from None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,0 +1,139 @@
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from decdec.artifacts import read_quant_config
+from decdec.errors import UserError
+from decdec.models import decoder_linears, load_model
+
+from cheatsheet import make_cheatsheet, make_from_two_folders
+from convert_gguf import convert
+from folder import QuantizedFolder
+from quantize import quantize
+from thresholds import make_thresholds
+
+ROOM = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("method", ["squeezellm", "awq"])
+def test_an_interrupted_run_goes_on_and_ends_the_same(calibration, tiny, quantized, tmp_path, monkeypatch, method):
+    out = tmp_path / "out"
+    save = QuantizedFolder.save_part
+
+    def save_one(self, block, tensors):
+        if any(self.has_part(i) for i in range(2)):
+            raise KeyboardInterrupt
+        save(self, block, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(QuantizedFolder, "save_part", save_one)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(str(tiny), method, 3, str(out), **calibration)
+    assert not (out / "config.json").exists() and len(list((out / ".parts").iterdir())) == 1
+    saved = []
+    monkeypatch.setattr(QuantizedFolder, "save_part", lambda self, block, tensors: (saved.append(block), save(self, block, tensors)))
+    assert quantize(str(tiny), method, 3, str(out), **calibration)
+    assert len(saved) == 1
+    assert read_quant_config(out).weights_hash == read_quant_config(quantized(method)).weights_hash
+    assert not quantize(str(tiny), method, 3, str(out), **calibration) and not (out / ".parts").exists()
+
+
+def test_another_quantization_takes_the_folders_place(tiny, tmp_path):
+    out = tmp_path / "out"
+    for bits in (3, 2):
+        assert quantize(str(tiny), "rtn", bits, str(out)) and not quantize(str(tiny), "rtn", bits, str(out))
+        assert read_quant_config(out).bits == bits
+
+
+@pytest.mark.parametrize("method", ["squeezellm", "awq", "rtn"])
+def test_the_folder_holds_every_tensor_once(tiny, quantized, method):
+    folder = quantized(method)
+    tensors = load_file(folder / "model.safetensors")
+    model = load_model(str(tiny))
+    layers = set(decoder_linears(model))
+    packed = {"squeezellm": ("qweight", "codebook", "scale")}.get(method, ("qweight", "scales", "zeros"))
+    rest = {name for name in model.state_dict() if name.removesuffix(".weight") not in layers} - {"lm_head.weight"}
+    assert set(tensors) == rest | {f"{layer}.{part}" for layer in layers for part in packed}
+    assert (folder / "tokenizer.json").is_file() and not list(folder.glob(".*"))
+    quant = read_quant_config(folder)
+    assert (quant.method, quant.bits, quant.base_model) == (method, 3, "../tiny")
+    assert quant.format == ("codebook" if method == "squeezellm" else "uniform")
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"bits": 5}, "bits: expected one of"), ({"method": "gguf"}, "method: expected one of"),
+    ({"source": "nowhere/there/here"}, "model: expected a model folder"), ({"samples": 0}, "samples: expected"),
+    ({"samples": 10**6}, "windows of 64 tokens"), ({"text": "missing.txt"}, "text: expected one of"),
+    ({"group_size": 7, "method": "awq"}, "group-size: expected a divisor"), ({"group_size": 64}, "group-size: expected none")])
+def test_mistakes_in_quantize_are_told_and_leave_nothing(calibration, tiny, tmp_path, change, message):
+    arguments = {"source": str(tiny), "method": "squeezellm", "bits": 3, "out": str(tmp_path / "out")} | calibration | change
+    with pytest.raises(UserError, match=message) as caught:
+        quantize(**arguments)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_a_truncated_model_is_told(tiny, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(UserError, match="could not be loaded"):
+        quantize(str(broken), "rtn", 3, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_in_cheatsheet_and_thresholds_are_told(calibration, tiny, quantized, tmp_path):
+    folder, out = quantized("squeezellm"), tmp_path / "out.pt"
+    for arguments, message in [({"bits": 3}, "bits: expected"), ({"nested": True}, "nested: expected a uniform base"),
+                               ({"bits": 8, "layout": "original"}, "layout: "), ({"layout": "x"}, "layout: expected one of"),
+                               ({"model": "no/such/model"}, "model: expected")]:
+        with pytest.raises(UserError, match=message):
+            make_cheatsheet(folder, out=out, **arguments)
+    with pytest.raises(UserError, match="without quantization_config"):
+        make_cheatsheet(tiny, out=out)
+    with pytest.raises(UserError, match="without quantization_config"):
+        make_thresholds(tiny, out=out, **calibration)
+    with pytest.raises(UserError, match="windows of 64"):
+        make_thresholds(folder, out=out, **calibration | {"samples": 10**6})
+    with pytest.raises(UserError, match="expected a model folder"):
+        make_from_two_folders(str(tiny), str(tmp_path), out)
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:20000])
+    with pytest.raises(UserError, match="expected the packed weights"):
+        make_cheatsheet(broken, model=str(tiny), out=out)
+    assert not out.exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_convert_tells_what_is_no_gguf(tmp_path):
+    with pytest.raises(UserError, match="expected a file"):
+        convert(tmp_path / "none.gguf", tmp_path / "out")
+    (tmp_path / "fake.gguf").write_bytes(b"GGUX" + bytes(100))
+    with pytest.raises(UserError, match="expected a GGUF file"):
+        convert(tmp_path / "fake.gguf", tmp_path / "out")
+    (tmp_path / "short.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(3))
+    with pytest.raises(UserError, match="could not be read"):
+        convert(tmp_path / "short.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_setup_makes_the_folder_and_a_mistake_is_one_line(tiny, tmp_path):
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "OMP_NUM_THREADS": "2",
+                   "PYTHONPATH": str(Path(torch.__file__).parents[1])}
+
+    def setup(*arguments):
+        return subprocess.run([ROOM / "setup.sh", *arguments], env=environment, capture_output=True, text=True, cwd=tmp_path)
+
+    calibration = ("--text", "pydoc", "--samples", "2", "--length", "32")
+    done = setup(str(tiny), "rtn", "4", "made", *calibration)
+    assert done.returncode == 0, done.stderr
+    assert {"config.json", "model.safetensors", "cheatsheet.pt", "thresholds.pt"} <= {path.name for path in (tmp_path / "made").iterdir()}
+    failed = setup(str(tiny), "rtn", "7", "other", *calibration)
+    assert failed.returncode == 1 and failed.stderr.strip().splitlines() == ["error: bits: expected one of (2, 3, 4), got 7"]
+    assert not (tmp_path / "other").exists()
+    assert setup("only").returncode == 2
