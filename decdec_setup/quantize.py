@@ -39,8 +39,8 @@ def quantize(source: str, method: str, bits: float, out: str, group_size: int | 
     """Write the quantized folder ``out``; False if it already holds the same quantization."""
     if method not in METHODS:
         raise UserError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if bits not in BASE_BITS and bit_map is None:
-        raise UserError(f"bits: expected one of {BASE_BITS}, or a value between them and a bit-map, got {bits:g}")
+    if bit_map is None and bits not in BASE_BITS:
+        raise UserError(f"bits: expected one of {BASE_BITS}, got {bits:g}" + ("" if bits == int(bits) else " without a bit-map"))
     if method == "squeezellm" and group_size is not None:
         raise UserError(f"group-size: expected none for squeezellm, whose codebooks serve whole channels, got {group_size}")
     if act_order and method != "gptq":
