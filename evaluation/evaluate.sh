@@ -21,7 +21,7 @@ shift
 if [ "$1" = --tiny ]; then
     RESULTS=${RESULTS:-$(mktemp -d)/tiny}
     DATA=$RESULTS/data original=$RESULTS/models/tiny folder=$RESULTS/models/tiny-rtn-w3
-    export TEXT=pydoc WINDOWS=2 LENGTH=64 K_CHUNKS="0 8 32" LIMIT=1 MAX_GEN_TOKS=4 MAX_NEW_TOKENS=8 SOME_K=16
+    export TEXT=pydoc WINDOWS=2 LENGTH=64 K_CHUNKS="0 8 32" LIMIT=1 QUESTIONS=1 MAX_GEN_TOKS=4 MAX_NEW_TOKENS=8 SOME_K=16
     export KERNELS=$DATA/kernels.jsonl CLIENTS=4050M OTHERS=H100 TARGETS="50 400" TASKS="bbh_cot_fewshot_*"
     [ -d "$DATA" ] || "$python" "$here/tiny_data.py" "$DATA"
     [ -f "$original/config.json" ] || "$python" -m decdec.tiny "$original"

@@ -45,12 +45,13 @@ def main() -> None:
     shapes = [shape for shape in SHAPES if any((row["d_in"], row["d_out"]) == shape and row["k_chunk"] for row in rows)]
     if not shapes:
         raise UserError(f"--sms: no compensated rows of {sms} SMs")
+    lines = [n_tb for n_tb in arguments.n_tb if any(row["n_tb"] == n_tb and row["k_chunk"] for row in rows)]
     ratio = arguments.r_bw or rate_ratio(every)
     with style.figure(arguments.out, height=0.6 + 1.5 * len(shapes), nrows=len(shapes), sharex=True, squeeze=False) as (figure, axes):
         for panel, (d_in, d_out) in zip(axes[:, 0], shapes, strict=True):
             here = [row for row in rows if (row["d_in"], row["d_out"]) == (d_in, d_out)]
             base = min(row["us"] for row in here if row["k_chunk"] == 0)
-            for look, n_tb in zip(style.LINES, arguments.n_tb, strict=False):
+            for look, n_tb in zip(style.LINES, lines, strict=False):
                 points = {0: 1.0} | {row["k_chunk"]: row["us"] / base for row in here if row["n_tb"] == n_tb and row["k_chunk"]}
                 panel.plot(sorted(points), [points[k] for k in sorted(points)], label=f"$n_{{tb}}$ = {n_tb}", **look)
             if ratio:

@@ -1,17 +1,25 @@
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from subject import SUBJECT_KEY
 
-from decdec.files import append_row
+from decdec.files import append_row, read_rows
 from decdec.testing import refused, run_script
 
 EVALUATION = Path(__file__).parents[1]
+FIGURES = sorted((EVALUATION / "figures").glob("fig*.py"))
+TABLES = sorted((EVALUATION / "figures").glob("table*.py"))
+PICTURES = [script.stem for script in FIGURES] + ["fig18_tuned"]
 
 
-def row(method, k_chunk, perplexity, bits=3):
+def row(method, k_chunk, perplexity, bits=3, **other):
     return {"bench": "perplexity", "model": "m", "method": method, "bits": bits, "selection": "bucket" if k_chunk else "none",
             "k_chunk": k_chunk, "perplexity": perplexity, "device_bytes": 2_000_000, "host_bytes": 1_000_000, "text": "t",
-            "windows": 1, "window_length": 8}
+            "text_hash": "h", "windows": 1, "window_length": 8, "residual_bits": 4 if k_chunk else None, "nested": False,
+            "dtype": "float32"} | other
 
 
 @pytest.fixture
@@ -29,16 +37,69 @@ def test_table_has_every_row_in_order(rows):
                                                        ["original", "16", "none", "0", "20.00"]]
 
 
-def test_figure_13_is_written_as_pdf_and_png(rows, tmp_path):
-    result = run_script(EVALUATION / "figures/fig13_perplexity.py", rows, "--out", tmp_path / "figure.pdf")
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_is_one_column_wide_with_its_fonts(everything, name):
+    pdf = (everything / f"{name}.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF") and b"/FontFile2" in pdf and b"/Type3" not in pdf
+    with Image.open(everything / f"{name}.png") as picture:
+        assert picture.width == 999 and picture.info["dpi"][0] == pytest.approx(300, abs=0.1)
+
+
+def test_the_report_has_every_picture_and_table(everything):
+    report = (everything / "REPORT.md").read_text()
+    assert "Not made yet" not in report
+    shown = re.findall(r"!\[[^]]*\]\((.*?)\)", report)
+    assert sorted(shown) == sorted(f"{name}.png" for name in PICTURES)
+    assert (everything / "table2.md").read_text().strip() in report and (everything / "table3.md").read_text().strip() in report
+
+
+def test_no_row_is_written_twice(everything):
+    extra = ("block", "kind", "order", "task", "metric", "filter", "gpu", "target_percent", "model_id")
+    for path in [*everything.glob("*.jsonl"), everything.with_name(f"{everything.name}.jsonl")]:
+        counts = Counter(tuple(str(content.get(name)) for name in (*SUBJECT_KEY, *extra)) for content in read_rows(path))
+        assert counts and max(counts.values()) == 1, path
+
+
+def test_rows_say_what_was_compensated(everything):
+    said = {(content["task"], content["k_chunk"]): content["compensated"] for content in read_rows(everything / "lm_tasks.jsonl")}
+    assert said["bbh_cot_fewshot_navigate", 0] == "none" and said["bbh_cot_fewshot_navigate", 16] == "generated tokens"
+    perplexities = read_rows(everything.with_name(f"{everything.name}.jsonl"))
+    assert {(content["k_chunk"] > 0, content["compensated"]) for content in perplexities} == {(False, "none"), (True, "every position")}
+
+
+def test_table_2_compares_equal_traffic(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for bits, k_chunk, value in ((4, 8, 25.0), (2, 16, 26.0), (8, 4, 24.5), (4, 16, 23.0), (2, 32, 22.0)):
+        append_row(path, row("awq", k_chunk, value, residual_bits=bits))
+    append_row(path, row("awq", 0, 30.0))
+    lines = run_script(EVALUATION / "figures/table2_residual_bits.py", path).stdout.splitlines()
+    assert lines[0] == "AWQ, 3 bits: perplexity 30.00 without compensation"
+    assert lines[4:] == ["| 8 | 26.00 (k 16) | 25.00 (k 8) | **24.50** (k 4) | - |", "| 16 | **22.00** (k 32) | 23.00 (k 16) | - | - |"]
+
+
+def test_figure_14_averages_the_subtasks_that_all_have(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for k_chunk, task, value in ((0, "a", 0.1), (0, "b", 0.3), (8, "a", 0.2)):
+        append_row(path, row("awq", k_chunk, None) | {"bench": "lm_eval", "task": f"bbh_cot_fewshot_{task}", "metric": "exact_match",
+                                                      "compensated": "generated tokens" if k_chunk else "none", "value": value,
+                                                      "limit": None, "max_gen_toks": None, "weights_hash": "w", "seed": 0})
+    result = run_script(EVALUATION / "figures/fig14_bbh.py", path, "--out", tmp_path / "figure")
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    drawn = (tmp_path / "figure.pdf").stat().st_size
+    append_row(path, read_rows(path)[-1] | {"task": "bbh_cot_fewshot_b", "value": 0.9})
+    assert run_script(EVALUATION / "figures/fig14_bbh.py", path, "--out", tmp_path / "figure").returncode == 0
+    assert (tmp_path / "figure.pdf").stat().st_size != drawn
 
 
-@pytest.mark.parametrize("script", ["table.py", "figures/fig13_perplexity.py"])
+def test_rows_of_other_texts_are_left_out_and_said_to_be(rows, tmp_path):
+    append_row(rows, row("awq", 0, 33.0, text_hash="other"))
+    result = run_script(EVALUATION / "figures/fig13_perplexity.py", rows, "--out", tmp_path / "figure")
+    assert result.returncode == 0 and "3 rows of other" in result.stderr
+
+
+@pytest.mark.parametrize("script", ["table.py", *(f"figures/{script.name}" for script in FIGURES + TABLES)])
 def test_no_rows_is_one_line_and_no_file(tmp_path, script):
-    out = ("--out", tmp_path / "figure.pdf") if "fig" in script else ()
+    out = () if script == "table.py" else ("--out", tmp_path / "figure.pdf")
     assert "rows" in refused(run_script(EVALUATION / script, tmp_path / "none.jsonl", *out))
     assert list(tmp_path.iterdir()) == []
 
@@ -47,8 +108,3 @@ def test_a_broken_row_is_named(rows):
     with open(rows, "a") as file:
         file.write('{"cut": \n')
     assert "line 4" in refused(run_script(EVALUATION / "table.py", rows))
-
-
-def test_every_figure_script_explains_itself():
-    for script in sorted((EVALUATION / "figures").glob("fig*.py")):
-        assert "usage" in run_script(script, "--help").stdout

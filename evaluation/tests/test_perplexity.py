@@ -34,7 +34,7 @@ def test_full_precision_is_exp_of_the_models_own_loss(original, tmp_path):
 def test_everything_restored_is_full_precision(original, folder, tmp_path):
     out = tmp_path / "rows.jsonl"
     full, = rows_of(out, original)
-    _, base, restored = rows_of(out, folder, "--cheatsheet", folder / "exact.pt", "--k-chunk", 0, 1024)
+    _, base, restored = rows_of(out, folder, "--cheatsheet", folder / "residual_16.pt", "--k-chunk", 0, 1024)
     assert abs(base["perplexity"] - full["perplexity"]) > 1e-3
     assert restored["perplexity"] == pytest.approx(full["perplexity"], rel=2e-4)
     assert (restored["residual_bits"], restored["compensated"]) == (16, "every position")
