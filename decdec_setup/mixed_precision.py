@@ -1,0 +1,128 @@
+"""Chooses the blocks of a 3.5-bit model that get 4 bits, and writes the map that quantize.py --bit-map takes.
+
+A block's score is how much further the model's output is from the original's, as a Kullback-Leibler divergence per token, with
+this one block at the low bits than with it at the high bits, all others being the original's. The upper half by score gets the
+high bits. Takes the two finished folders of one bit width each.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from decdec import reference
+from decdec.artifacts import read_quant_config
+from decdec.errors import UserError, run
+from decdec.hub import PACKED
+from decdec.models import load_tokenizer
+from decdec.text import calibration_samples, load_text
+
+from base_model import BaseModel
+from bit_map import write_bit_map
+from blocks import BlockRunner
+from folder import local_folder
+
+
+class QuantizedBlocks:
+    """The blocks of a folder made by quantize.py, as dense float32 weights."""
+
+    def __init__(self, folder: str, base: BaseModel):
+        self.folder, self.base, self.quant = Path(folder), base, read_quant_config(folder)
+        if self.quant.layer_bits:
+            raise UserError(f"expected a folder of one bit width, {folder} mixes several")
+        self._file = safe_open(self.folder / "model.safetensors", framework="pt")
+
+    def load_into(self, block: nn.Module, index: int) -> nn.Module:
+        """Give ``block``, a copy of block ``index``, this folder's weights; AWQ's scaled norms are among them."""
+        dequantize = reference.codebook_dequantize if self.quant.format == "codebook" else reference.uniform_dequantize
+        stored = set(self._file.keys())
+        for name, value in block.state_dict().items():
+            full = f"{self.base.prefix}.{index}.{name}"
+            layer = full.removesuffix(".weight")
+            if full in stored:
+                tensor = self._file.get_tensor(full)
+            elif f"{layer}.qweight" in stored:
+                packed = (self._file.get_tensor(f"{layer}.{key}").to(value.device) for key in PACKED[self.quant.format])
+                tensor = dequantize(*packed, value.shape[1], torch.float32)
+            else:
+                raise UserError(f"{self.folder} has no tensors of {layer}: a folder of another model")
+            value.copy_(tensor)
+        return block
+
+
+@torch.no_grad()
+def divergences(runner: BlockRunner, folders: list[QuantizedBlocks]) -> Tensor:
+    """Nats per token, float64 ``(blocks, len(folders))``, from the original to the model with one block of one folder.
+
+    All variants go through the blocks together, so each block of the original is at work once.
+    """
+    clean = runner.embed()
+    variants: dict[tuple[int, int], list[Tensor]] = {}
+    for index in tqdm(range(len(runner.blocks)), desc="blocks", unit="block"):
+        block = runner.copy_block(index)
+        for key, states in variants.items():
+            variants[key] = [runner.call(index, block, state).to(runner.dtype) for state in states]
+        for which, folder in enumerate(folders):
+            changed = folder.load_into(runner.copy_block(index), index)
+            variants[index, which] = [runner.call(index, changed, state).to(runner.dtype) for state in clean]
+        clean = [runner.call(index, block, state).to(runner.dtype) for state in clean]
+    wanted = [runner.logits(state, sample).float().log_softmax(-1) for state, sample in zip(clean, runner.samples)]
+    found = torch.zeros(len(runner.blocks), len(folders), dtype=torch.float64)
+    for (index, which), states in tqdm(variants.items(), desc="outputs", unit="variant"):
+        for state, sample, target in zip(states, runner.samples, wanted):
+            logits = runner.logits(state, sample).float().log_softmax(-1)
+            found[index, which] += float(F.kl_div(logits, target, log_target=True, reduction="batchmean")) / len(wanted)
+    return found
+
+
+def choose(found: Tensor, low: int, high: int) -> list[int]:
+    """The bits of every block: of ``divergences`` at (low, high) bits, the upper half by difference gets ``high``."""
+    order = torch.argsort(found[:, 0] - found[:, 1], descending=True, stable=True)
+    chosen = set(order[:len(found) // 2].tolist())
+    return [high if index in chosen else low for index in range(len(found))]
+
+
+def make_bit_map(source: str, low: str, high: str, out: str, text: str = "c4", samples: int = 8, length: int = 256, seed: int = 0,
+                 device: str = "cpu") -> list[int]:
+    """Write the map to ``out`` and return it: the bits of every block."""
+    base = BaseModel(local_folder(source))
+    folders = [QuantizedBlocks(folder, base) for folder in (low, high)]
+    bits = [folder.quant.bits for folder in folders]
+    if bits[0] >= bits[1] or folders[0].quant.method != folders[1].quant.method:
+        raise UserError(f"expected folders of one method, the lower bits first, got {folders[0].quant.method} at {bits[0]} bits and "
+                        f"{folders[1].quant.method} at {bits[1]}")
+    documents = load_text(text, "calibration")
+    tokens = calibration_samples(documents, load_tokenizer(str(base.folder)), samples, length, seed)
+    found = divergences(BlockRunner(base.model, tokens, device, base.block), folders)
+    chosen = choose(found, *bits)
+    write_bit_map(out, chosen, {
+        "method": folders[0].quant.method, "weights_hashes": [folder.quant.weights_hash for folder in folders],
+        "divergence": {str(b): column.tolist() for b, column in zip(bits, found.t())},
+        "calibration": {"text": documents.name, "text_hash": documents.hash, "samples": samples, "length": length, "seed": seed}})
+    return chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="original model: a Hugging Face folder or a hub id")
+    parser.add_argument("low", metavar="FOLDER_W3", help="its folder at the lower bits")
+    parser.add_argument("high", metavar="FOLDER_W4", help="its folder at the higher bits, by the same method")
+    parser.add_argument("--out", required=True, metavar="FILE", help="map to write (JSON)")
+    parser.add_argument("--text", default="c4", help="c4, wikitext, pileval, pydoc or a file (default %(default)s)")
+    parser.add_argument("--samples", type=int, default=8, help="samples (default %(default)s)")
+    parser.add_argument("--length", type=int, default=256, help="tokens a sample (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="draws the samples (default %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="where the block at work is held (default %(default)s)")
+    args = parser.parse_args()
+    chosen = make_bit_map(args.model, args.low, args.high, args.out, args.text, args.samples, args.length, args.seed, args.device)
+    print(json.dumps({"wrote": args.out, "bits": chosen, "mean": round(sum(chosen) / len(chosen), 3)}))
+
+
+if __name__ == "__main__":
+    run(main)
