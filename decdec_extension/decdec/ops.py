@@ -47,6 +47,16 @@ def residual_dequantize(residual: Tensor, residual_scale: Tensor | None, residua
     return _ops.residual_dequantize(residual, residual_scale, residual_bits, nested, d_out, dtype)
 
 
+def residual_quantize(residual: Tensor, residual_bits: int) -> tuple[Tensor, Tensor]:
+    """The paper's residual quantization (section 4.2) of ``W - W_q``, float32 ``(d_out, d_in)``, to 2, 4 or 8 bits.
+
+    Returns codes int8 ``(d_out, d_in)`` and a scale for each output channel, float16 ``(d_out,)``: of the candidates
+    ``linspace(max / 32, max, 32)``, with ``max`` the channel's largest ``|residual|`` over ``2**(residual_bits-1) - 1`` levels,
+    the one of least squared error, the smallest of equals. Runs on the CPU alone; deterministic.
+    """
+    return _ops.residual_quantize(residual.contiguous(), residual_bits)
+
+
 def codebook_gemv(x: Tensor, qweight: Tensor, codebook: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Base GEMV of codebook weights: ``W_q x + bias``."""
     return _ops.codebook_gemv(x.contiguous(), qweight, codebook, scale, bias)
@@ -111,6 +121,11 @@ def _(qweight, scales, zeros, d_in, dtype):
 @_fake("residual_dequantize")
 def _(residual, residual_scale, residual_bits, nested, d_out, dtype):
     return residual.new_empty((residual.shape[0], d_out), dtype=dtype)
+
+
+@_fake("residual_quantize")
+def _(residual, residual_bits):
+    return residual.new_empty(residual.shape, dtype=torch.int8), residual.new_empty(residual.shape[0], dtype=torch.float16)
 
 
 @_fake("codebook_gemv")

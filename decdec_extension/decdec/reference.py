@@ -82,6 +82,19 @@ def residual_dequantize(residual: Tensor, residual_scale: Tensor | None, residua
     return (codes * step).to(dtype)
 
 
+def residual_quantize(residual: Tensor, residual_bits: int) -> tuple[Tensor, Tensor]:
+    levels = 2 ** (residual_bits - 1) - 1
+    codes, scales = torch.empty_like(residual, dtype=torch.int8), residual.new_empty(len(residual), dtype=torch.float16)
+    for o, row in enumerate(residual):
+        largest = float(row.abs().max() / levels)
+        candidates = torch.linspace(largest / 32, largest, 32)[:, None]
+        steps = torch.where(candidates > 0, row / candidates, 0.0)
+        tried = torch.round(steps).clamp(-levels, levels)
+        best = (tried * candidates - row).square().mean(1).argmin()
+        codes[o], scales[o] = tried[best].to(torch.int8), candidates[best, 0].half()
+    return codes, scales
+
+
 def _with_bias(product: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     return (product if bias is None else product + bias.float()).to(dtype)
 

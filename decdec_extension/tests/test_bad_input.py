@@ -132,6 +132,19 @@ def test_residual_dequantize(residual):
 
 
 @pytest.mark.parametrize("change, expected", [
+    ({"residual_bits": 3}, "residual_bits: expected 2, 4 or 8, got 3"),
+    ({"residual": torch.randn(D_IN)}, "residual: expected float32 (d_out, d_in) with d_in below 131072, got float32 (128)"),
+    ({"residual": torch.zeros(1, 131072)}, "residual: expected float32 (d_out, d_in) with d_in below 131072"),
+    ({"residual": torch.zeros(2, 3).half()}, "residual: expected contiguous float32 (2, 3) on cpu, got float16 (2, 3)"),
+    ({"residual": torch.tensor([[1.0], [torch.inf]])}, "residual: expected finite values, got NaN or Inf in row 1"),
+    ({"residual": torch.tensor([[torch.nan], [1.0]])}, "residual: expected finite values, got NaN or Inf in row 0"),
+])
+def test_residual_quantize(change, expected):
+    given = {"residual": torch.randn(D_OUT, D_IN), "residual_bits": 4} | change
+    assert refusal(ops.residual_quantize, given).startswith(expected)
+
+
+@pytest.mark.parametrize("change, expected", [
     ({"k_chunk": -1}, "k_chunk: expected 0 to 1024, got -1"),
     ({"k_chunk": 1025}, "k_chunk: expected 0 to 1024, got 1025"),
     ({"b_0": 2.0}, "b_15: expected both boundaries or neither, got None"),

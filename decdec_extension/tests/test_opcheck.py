@@ -47,6 +47,11 @@ def test_residual_ops(make_residual, bits):
     opcheck(OPS.residual_gemv.default, (torch.randn(1, D_IN), indices, *residual.args, D_OUT))
 
 
+@pytest.mark.parametrize("bits", (2, 8))
+def test_residual_quantize(bits):
+    opcheck(OPS.residual_quantize.default, (torch.randn(D_OUT, D_IN), bits))
+
+
 def test_compensated_ops(base, residual):
     x, bias, center = torch.randn(2, D_IN), torch.randn(D_OUT), torch.randn(D_IN)
     opcheck(of_form(base, "gemv_compensated"), (x, *base.args, bias, *residual.args, 8))

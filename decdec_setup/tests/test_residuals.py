@@ -2,13 +2,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from decdec import reference
+from decdec import ops, reference
 from decdec.artifacts import load_cheatsheet, read_quant_config
 from decdec.errors import UserError
 from decdec.models import decoder_linears, load_model
 from decdec.original import load_original_cheatsheet, load_original_thresholds, save_original_thresholds
 from decdec.packing import unpack_residual
-from decdec.residual import pack_layer, quantize_residual
+from decdec.residual import pack_layer
 
 from cheatsheet import make_cheatsheet, make_from_two_folders
 from scaling import read_scaling, scale_model
@@ -32,7 +32,7 @@ def test_codes_and_scales_are_the_papers(bits, d_in):
     generator = torch.Generator().manual_seed(bits * d_in)
     residual = 0.003 * torch.randn(70, d_in, generator=generator)
     residual[5] *= 1 + 30 * (torch.rand(d_in, generator=generator) > 0.98)  # outliers, which the best scale clips
-    codes, scales = quantize_residual(residual, bits)
+    codes, scales = ops.residual_quantize(residual, bits)
     for row, code, scale in zip(residual, codes, scales):
         wanted, step = paper_row(row, bits)
         assert torch.equal(code.float(), wanted)
@@ -43,7 +43,7 @@ def test_half_precision_weights_give_the_papers_codes():
     generator = torch.Generator().manual_seed(3)
     original = (0.05 * torch.randn(40, 256, generator=generator)).half()
     error = original.float() - (torch.round(original.float() * 50) / 50).half().float()
-    codes, scales = quantize_residual(error, 4)
+    codes, scales = ops.residual_quantize(error, 4)
     for row, code, scale in zip(error, codes, scales):
         wanted, step = paper_row(row, 4)
         assert torch.equal(code.float(), wanted) and scale == step.half()
@@ -52,7 +52,7 @@ def test_half_precision_weights_give_the_papers_codes():
 def test_rows_of_zeros_and_values_that_are_not_finite():
     residual = torch.zeros(3, 64)
     residual[1, 3] = 0.5
-    codes, scales = quantize_residual(residual, 4)
+    codes, scales = ops.residual_quantize(residual, 4)
     assert scales[0] == 0 and not codes[0].any() and codes[1, 3] * scales[1] == 0.5
     residual[2, 0] = torch.nan
     for bits in (4, 16):

@@ -5,11 +5,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <tuple>
 #include <vector>
 
 #include "binding/checks.h"
 #include "cpu/dequantize.h"
 #include "cpu/gemv.h"
+#include "cpu/quantize.h"
 #include "cpu/select.h"
 
 namespace decdec {
@@ -198,6 +200,24 @@ Tensor residual_dequantize(const Tensor& residual, const OptionalTensor& residua
   return out;
 }
 
+std::tuple<Tensor, Tensor> residual_quantize(const Tensor& residual, int64_t residual_bits) {
+  const char* op = "residual_quantize";
+  const int64_t bits = residual_bits;
+  if (bits != 2 && bits != 4 && bits != 8) fail(op, "residual_bits", "2, 4 or 8", bits);
+  if (residual.dim() != 2 || residual.size(1) < 1 || residual.size(1) >= 1 << 17) {
+    fail(op, "residual", "float32 (d_out, d_in) with d_in below 131072", describe(residual));
+  }
+  const int64_t d_out = residual.size(0), d_in = residual.size(1);
+  check_tensor(op, "residual", residual, ScalarType::Float, {d_out, d_in}, residual);
+  Tensor codes = torch::stable::new_empty(residual, {d_out, d_in}, ScalarType::Char);
+  Tensor scale = torch::stable::new_empty(residual, {d_out}, ScalarType::Half);
+  const int64_t bad = cpu::quantize_residual(data<float>(residual), d_out, d_in, (1 << (bits - 1)) - 1,
+                                             static_cast<int8_t*>(codes.data_ptr()),
+                                             static_cast<cpu::Half*>(scale.data_ptr()));
+  if (bad >= 0) fail(op, "residual", "finite values", "NaN or Inf in row " + std::to_string(bad));
+  return {codes, scale};
+}
+
 Tensor codebook_gemv(const Tensor& x, const Tensor& qweight, const Tensor& codebook, const Tensor& scale,
                      const OptionalTensor& bias) {
   const char* op = "codebook_gemv";
@@ -279,6 +299,7 @@ STABLE_TORCH_LIBRARY_IMPL(decdec, CPU, m) {
   m.impl("codebook_dequantize", TORCH_BOX(&decdec::codebook_dequantize));
   m.impl("uniform_dequantize", TORCH_BOX(&decdec::uniform_dequantize));
   m.impl("residual_dequantize", TORCH_BOX(&decdec::residual_dequantize));
+  m.impl("residual_quantize", TORCH_BOX(&decdec::residual_quantize));
   m.impl("codebook_gemv", TORCH_BOX(&decdec::codebook_gemv));
   m.impl("uniform_gemv", TORCH_BOX(&decdec::uniform_gemv));
   m.impl("select_channels", TORCH_BOX(&decdec::select_channels));

@@ -26,6 +26,8 @@ STABLE_TORCH_LIBRARY(decdec, m) {
       "residual_dequantize(Tensor residual, Tensor? residual_scale, int residual_bits, bool nested, int d_out, "
       "ScalarType dtype) -> Tensor");
 
+  m.def("residual_quantize(Tensor residual, int residual_bits) -> (Tensor, Tensor)");
+
   m.def("codebook_gemv(Tensor x, Tensor qweight, Tensor codebook, Tensor scale, Tensor? bias=None) -> Tensor");
   m.def("uniform_gemv(Tensor x, Tensor qweight, Tensor scales, Tensor zeros, Tensor? bias=None) -> Tensor");
 
