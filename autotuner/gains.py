@@ -42,8 +42,24 @@ def read_gains(folder: str | Path, layers: Iterable[Layer]) -> tuple[dict[Layer,
         if key not in summed:
             raise UserError(f"{folder}: gains: {name} is no layer of this model")
         summed[key] += gain.double()
-    # Noise must not make fetching more look worse than fetching less, nor than nothing.
-    return {layer: summed[layer.kind, layer.bits].cummax(dim=0).values for layer in layers}, unit
+    return {layer: diminishing(summed[layer.kind, layer.bits]) for layer in layers}, unit
+
+
+def diminishing(gain: Tensor) -> Tensor:
+    """The nearest curve whose returns diminish, and never turn negative: float64 ``(1025,)``, 0 at k_chunk 0.
+
+    Ranks are in order of |x|, so true returns fall; where measured ones rise it is noise, and a tuner would chase it. Adjacent
+    returns that rise are pooled into their mean until none do, which is the least-squares fit of falling returns.
+    """
+    pools: list[tuple[float, int]] = []  # (sum of returns, how many)
+    for value in gain.diff().tolist():
+        pool = value, 1
+        while pools and pools[-1][0] / pools[-1][1] <= pool[0] / pool[1]:
+            before = pools.pop()
+            pool = before[0] + pool[0], before[1] + pool[1]
+        pools.append(pool)
+    returns = torch.cat([torch.full((count,), max(0.0, total / count), dtype=torch.float64) for total, count in pools])
+    return torch.cat([torch.zeros(1, dtype=torch.float64), returns.cumsum(0)])
 
 
 def config_of(path: Path) -> str | None:

@@ -98,11 +98,10 @@ def saved_session(arguments: argparse.Namespace, sms: int | None) -> Session:
                         "or profile into a file of its own")
     (device, row), = found.items()
     rates = analytic.Rates(row["dram_gb_s"], row["link_gb_s"], device.sms)
-    timer = simulated.SimulatedTimer(rates) if device.simulated else None
-    return Session(device, _conditions(arguments, device, row["library"]), rates, timer, {})
+    return Session(device, _conditions(arguments, device, row["library"]), rates, None, {})
 
 
 def rates_row(session: Session) -> dict:
     """The rates that a profile's times stand beside, with facts about the machine."""
     return {"what": "rates", "device": session.device.name, "sms": session.device.sms, "library": session.conditions.library,
-            "dram_gb_s": round(session.rates.dram_gb_s, 1), "link_gb_s": round(session.rates.link_gb_s, 2), **session.facts}
+            "dram_gb_s": session.rates.dram_gb_s, "link_gb_s": session.rates.link_gb_s, **session.facts}

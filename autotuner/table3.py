@@ -2,7 +2,7 @@
 
 import argparse
 
-import report
+import plan_report
 
 from decdec.errors import run
 from decdec.plan import load_plan
@@ -16,10 +16,10 @@ def cells(paths: list[str]) -> dict[tuple[str, float], dict[str, str]]:
         for tuned in plan.tuned:
             device = f"{plan.device.name} {plan.device.sms} SMs" + " (simulated)" * plan.device.simulated
             for bits in sorted({choice.bits for choice in tuned.choices}):
-                slowdown = report.percent(tuned.predicted_percent if tuned.measured_percent is None else tuned.measured_percent)
+                slowdown = plan_report.percent(tuned.predicted_percent if tuned.measured_percent is None else tuned.measured_percent)
                 kind = "predicted" if tuned.measured_percent is None else "measured"
                 model = f"{plan.model} {plan.method} w{bits}, {tuned.objective}, {tuned.scope}"
-                lines.setdefault((device, tuned.target_percent), {})[model] = f"{report.settings(tuned, bits)} {slowdown} {kind}"
+                lines.setdefault((device, tuned.target_percent), {})[model] = f"{plan_report.settings(tuned, bits)} {slowdown} {kind}"
     return lines
 
 

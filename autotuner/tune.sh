@@ -5,11 +5,12 @@
 #   SIMULATE=4050M tune.sh FOLDER [TARGET...]  for a GPU that is not here, from its data sheet
 #
 # plan.json goes into the folder, profile and figures into results/ beside this script. TEXT chooses the text that the gains are
-# measured on (default c4; pydoc needs no network), PYTHON the interpreter, RESULTS another folder for the results.
+# measured on (default c4; pydoc needs no network), SAMPLES how much of it (default 16), PYTHON the interpreter, RESULTS another folder
+# for the results.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 case ${1:-} in
-    ''|-h|--help) sed -n '2,8s/^# \{0,1\}//p' "$0"; [ -n "${1:-}" ] && exit 0 || exit 2 ;;
+    ''|-h|--help) sed -n '2,9s/^# \{0,1\}//p' "$0"; [ -n "${1:-}" ] && exit 0 || exit 2 ;;
 esac
 folder=$1; shift
 [ $# -gt 0 ] || set -- 2.5 5 10 20
@@ -18,7 +19,7 @@ results=${RESULTS:-$here/results}/$(basename "$folder")
 device=(${SIMULATE:+--simulate "$SIMULATE"})
 profile=$results/profile${SIMULATE:+-$SIMULATE}.jsonl
 
-"$python" "$here/measure_gains.py" "$folder" --text "${TEXT:-c4}"
+"$python" "$here/measure_gains.py" "$folder" --text "${TEXT:-c4}" --samples "${SAMPLES:-16}"
 "$python" "$here/run_profile.py" "$folder" "${device[@]}" --profile "$profile" --target "$@"
 "$python" "$here/tuner.py" "$folder" "${device[@]}" --profile "$profile" --target "$@"
 "$python" "$here/fig12_normalised_time.py" "$folder" --profile "$profile" --out "$results"

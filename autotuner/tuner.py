@@ -13,7 +13,7 @@ from pathlib import Path
 
 import decide
 import gains as gains_of
-import report
+import plan_report
 import session as sessions
 import torch
 from decide import Target
@@ -110,9 +110,9 @@ def main() -> None:
         made = tune(shapes, session, rows, targets, gains, arguments.profile)
     out = Path(arguments.out or Path(arguments.model) / plan.PLAN)
     plan.save_plan(out, made)
-    for row in report.rows(made) if arguments.rows else ():
+    for row in plan_report.rows(made) if arguments.rows else ():
         append_row(arguments.rows, row)
-    print(report.text(made))
+    print(plan_report.text(made))
     print(f"wrote {out}")
 
 

@@ -3,9 +3,15 @@ import os
 import sys
 from pathlib import Path
 
+import export_csv
+import fig12_normalised_time
+import measure_gains
 import pytest
+import run_profile
+import table3
 import torch
-from gains import DERIVED, GAINS, MEASURED, read_gains
+import tuner
+from gains import DERIVED, GAINS, MEASURED, diminishing, read_gains
 from measure_gains import at_k_chunk, removed_by_rank
 from shapes import from_folder
 
@@ -37,57 +43,62 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def profile(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("profile") / "rows.jsonl"
-    result = run_script(ROOM / "run_profile.py", *RANDOM, "--profile", path)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("points") == 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["run_profile.py", *RANDOM, "--profile", str(path)])
+        run_profile.main()
     return path
 
 
-def tune(*arguments):
-    return run_script(ROOM / "tuner.py", *arguments)
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a script's main here, which saves the seconds that a new process takes to import torch; returns what it printed."""
+    def run_main(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
+        script.main()
+        return capsys.readouterr().out
+    return run_main
 
 
-def test_simulated_targets_give_a_plan_near_the_papers_table_3(profile, tmp_path):
+def test_simulated_targets_give_a_plan_near_the_papers_table_3(call, profile, tmp_path):
     """4050M, 3-bit Llama-3-8B at 2.5 %: the paper chose (55,56,58,55)."""
-    result = tune(*RANDOM, "--profile", profile, "--out", tmp_path / "plan.json", "--target", 2.5, 20, "--rows", tmp_path / "rows.jsonl")
-    assert result.returncode == 0, result.stderr
+    printed = call(tuner, *RANDOM, "--profile", profile, "--out", tmp_path / "plan.json", "--target", 2.5, 20,
+                   "--rows", tmp_path / "rows.jsonl")
     plan = load_plan(tmp_path / "plan.json")
     assert plan.device == Device("4050M", 20, simulated=True) and plan.at().measured_percent is None
     assert [tuned.target_percent for tuned in plan.tuned] == [2.5, 20]
     assert all(0 < tuned.predicted_percent <= tuned.target_percent for tuned in plan.tuned)
     assert all(abs(choice.k_chunk - paper) <= 5 for choice, paper in zip(plan.at().choices, (55, 56, 58, 55)))
-    assert "SIMULATED" in result.stdout and len(read_rows(tmp_path / "rows.jsonl")) == 8
+    assert "SIMULATED" in printed and len(read_rows(tmp_path / "rows.jsonl")) == 8
 
 
-def test_saved_rows_alone_give_the_same_plan(profile, tmp_path):
+def test_saved_rows_alone_give_the_same_plan(call, profile, tmp_path):
     for name, device in (("here", ("--simulate", "4050M")), ("saved", ("--saved",))):
-        assert tune("--random-weights", "llama-3-8b", *device, "--profile", profile, "--out", tmp_path / name).returncode == 0
+        call(tuner, "--random-weights", "llama-3-8b", *device, "--profile", profile, "--out", tmp_path / name)
     assert (tmp_path / "here").read_text() == (tmp_path / "saved").read_text()
 
 
-def test_an_end_to_end_target_allows_more(profile, tmp_path):
+def test_an_end_to_end_target_allows_more(call, profile, tmp_path):
     chosen = {}
     for scope in ("kernel", "end-to-end"):
-        assert tune(*RANDOM, "--profile", profile, "--out", tmp_path / scope, "--scope", scope).returncode == 0
+        call(tuner, *RANDOM, "--profile", profile, "--out", tmp_path / scope, "--scope", scope)
         chosen[scope] = load_plan(tmp_path / scope).at()
     assert sum(c.k_chunk for c in chosen["end-to-end"].choices) > sum(c.k_chunk for c in chosen["kernel"].choices)
     assert chosen["end-to-end"].predicted_percent <= 5
 
 
-def test_figure_table_and_csv_from_the_rows(profile, tmp_path):
-    assert tune(*RANDOM, "--profile", profile, "--out", tmp_path / "plan.json").returncode == 0
-    result = run_script(ROOM / "fig12_normalised_time.py", *RANDOM, "--profile", profile, "--out", tmp_path / "figures")
-    assert result.returncode == 0, result.stderr
+def test_figure_table_and_csv_from_the_rows(call, profile, tmp_path):
+    call(tuner, *RANDOM, "--profile", profile, "--out", tmp_path / "plan.json")
+    call(fig12_normalised_time, *RANDOM, "--profile", profile, "--out", tmp_path / "figures")
     assert (tmp_path / "figures" / "fig12_gu_w3.pdf").read_bytes().startswith(b"%PDF")
-    table = run_script(ROOM / "table3.py", tmp_path / "plan.json").stdout
+    table = call(table3, tmp_path / "plan.json")
     assert "| 4050M 20 SMs (simulated) | 5% |" in table and "predicted" in table
-    lines = run_script(ROOM / "export_csv.py", profile, "--what", "timing").stdout.splitlines()
+    lines = call(export_csv, profile, "--what", "timing").splitlines()
     assert "k_chunk,us,spread" in lines[0] and len(lines) > 100
 
 
-def test_the_whole_stage_on_a_folder_and_its_plan_is_refused_elsewhere(folder, tmp_path):
+def test_the_whole_stage_on_a_folder_and_its_plan_is_refused_elsewhere(call, folder, tmp_path):
     result = run_script(ROOM / "tune.sh", folder, 50, env=os.environ | {"PYTHON": sys.executable,
-                                                           "SIMULATE": "4050M", "TEXT": "pydoc", "RESULTS": str(tmp_path)})
+                                                           "SIMULATE": "4050M", "TEXT": "pydoc", "SAMPLES": "2", "RESULTS": str(tmp_path)})
     assert result.returncode == 0, result.stderr
     quant = read_quant_config(folder)
     plan = load_plan(folder / "plan.json", quant)
@@ -101,8 +112,7 @@ def test_the_whole_stage_on_a_folder_and_its_plan_is_refused_elsewhere(folder, t
     (tmp_path / "broken.json").write_text(json.dumps({k: v for k, v in content.items() if k != "device"}))
     with pytest.raises(UserError, match="cannot be read"):
         load_plan(tmp_path / "broken.json")
-    again = run_script(ROOM / "measure_gains.py", folder, "--text", "pydoc")
-    assert "is there already" in again.stdout
+    assert "is there already" in call(measure_gains, folder, "--text", "pydoc", "--samples", 2)
 
 
 def test_gains_without_gradients_come_from_thresholds(folder):
@@ -131,15 +141,26 @@ def test_removed_loss_is_that_of_a_quadratic():
     assert gain[1] == pytest.approx(first, rel=1e-4)
 
 
+def test_returns_diminish():
+    assert diminishing(torch.tensor([0.0, 5, 6, 9, 9, 8], dtype=torch.float64)).tolist() == [0, 5, 7, 9, 9, 9]
+    smooth = torch.arange(1025, dtype=torch.float64).sqrt()
+    assert torch.allclose(diminishing(smooth), smooth)
+    noise = 0.02 * torch.randn(1025, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).cumsum(0)
+    found = diminishing(smooth + noise)
+    assert (found - smooth).abs().max() < 1.5 and bool((found.diff().diff() <= 1e-9).all())
+
+
 @pytest.mark.parametrize("arguments, says", [
-    (("--profile", "p"), "model: expected either"),
-    (("--random-weights", "gpt-9", "--profile", "p"), "random-weights"),
-    (("--random-weights", "llama-3-8b", "--bits", "5", "--simulate", "4090", "--profile", "p"), "bits"),
-    (("--random-weights", "llama-3-8b", "--simulate", "9999", "--profile", "p"), "simulate: expected one of 4090"),
-    (("nowhere", "--simulate", "4090", "--profile", "p"), "no such file"),
-    (("--random-weights", "llama-3-8b", "--simulate", "4090", "--target", "0", "--profile", "p"), "target")])
-def test_profile_refusals(tmp_path, arguments, says):
-    assert says in refused(run_script(ROOM / "run_profile.py", *arguments, cwd=tmp_path))
+    ((), "model: expected either"),
+    (("--random-weights", "gpt-9"), "random-weights"),
+    (("--random-weights", "llama-3-8b", "--bits", "5", "--simulate", "4090"), "bits"),
+    (("--random-weights", "llama-3-8b", "--simulate", "9999"), "simulate: expected one of 4090"),
+    (("--random-weights", "llama-3-8b", "--law"), "law: only a simulation"),
+    (("nowhere", "--simulate", "4090"), "no such file"),
+    (("--random-weights", "llama-3-8b", "--simulate", "4090", "--target", "0"), "target")])
+def test_profile_refusals(call, tmp_path, arguments, says):
+    with pytest.raises(UserError, match=says):
+        call(run_profile, *arguments, "--profile", tmp_path / "rows")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -148,12 +169,18 @@ def test_no_gpu_is_one_line(tmp_path):
     assert "use --simulate" in refused(run_script(ROOM / "run_profile.py", *RANDOM[:2], "--profile", tmp_path / "p"))
 
 
-def test_tuner_refusals(profile, tmp_path):
-    out = ("--out", tmp_path / "plan.json")
-    assert "no such file" in refused(tune(*RANDOM, "--profile", tmp_path / "none", *out))
-    assert "no base time" in refused(tune(*RANDOM, "--selection", "exact", "--profile", profile, *out))
-    assert "objective: quality needs calibration" in refused(tune(*RANDOM, "--objective", "quality", "--profile", profile, *out))
-    assert "say where the plan goes" in refused(tune(*RANDOM, "--profile", profile))
+@pytest.mark.parametrize("arguments, says", [
+    (("--profile", "none"), "no such file"),
+    (("--selection", "exact"), "no base time"),
+    (("--objective", "quality"), "quality needs calibration data"),
+    (("--scope", "end-to-end", "--token-ms", "1"), "the linear layers alone take"),
+    (("--profile", "text"), "line 1"),
+    (("--target", "-1"), "target")])
+def test_tuner_refusals(call, profile, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("not rows")
-    assert "line 1" in refused(tune(*RANDOM, "--profile", tmp_path / "text", *out))
+    with pytest.raises(UserError, match=says):
+        call(tuner, *RANDOM, "--profile", profile, "--out", "plan.json", *arguments)
+    with pytest.raises(UserError, match="say where the plan goes"):
+        call(tuner, *RANDOM, "--profile", profile)
     assert not (tmp_path / "plan.json").exists()
