@@ -1,9 +1,11 @@
 """Writing files so that nothing half-written is ever left, hashing them, and JSON-lines results."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -31,6 +33,17 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_torch(path: str | Path, content: object) -> None:
+    """``torch.save`` that leaves the old file, or none, when it fails; a full disk is an OSError as everywhere else."""
+    with atomic(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # torch's own writer loses the errno
+            if shutil.disk_usage(temporary.parent).free < 1 << 20 or "No space" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+            raise
 
 
 def write_json(path: str | Path, content: object) -> None:

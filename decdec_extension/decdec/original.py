@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from decdec.errors import UserError
-from decdec.files import atomic
+from decdec.files import write_torch
 from decdec.packing import pack_residual, unpack_residual
 
 Blocks = list[dict[str, object]]
@@ -28,7 +28,7 @@ def save_original_cheatsheet(path: str | Path, residual: dict[str, Tensor], scal
         nibbles = (unpack_residual(rows, 4, d_out).int() + 8).unflatten(1, (-1, 8))
         words = (nibbles << (4 * torch.arange(8, dtype=torch.int32))).sum(-1, dtype=torch.int32)
         entries[layer] = {"reordered_scales": scale[layer].view(-1, 8).t().flatten(), "cheatsheet": words}
-    _save(path, _by_block(entries, prefix))
+    write_torch(path, _by_block(entries, prefix))
 
 
 def load_original_cheatsheet(path: str | Path, prefix: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -49,7 +49,7 @@ def load_original_cheatsheet(path: str | Path, prefix: str) -> tuple[dict[str, T
 
 def save_original_thresholds(path: str | Path, largest: dict[str, Tensor], prefix: str) -> None:
     """Write ``largest[layer]``, float32 ``(d_in,)`` descending, of layers named ``PREFIX.BLOCK.NAME``."""
-    _save(path, _by_block(dict(largest), prefix))
+    write_torch(path, _by_block(dict(largest), prefix))
 
 
 def load_original_thresholds(path: str | Path, prefix: str) -> dict[str, Tensor]:
@@ -83,8 +83,3 @@ def _load(path: str | Path) -> Blocks:
     except Exception as error:  # torch raises many kinds for truncated, pickled or foreign files
         raise UserError(f"{path}: expected the original artifact's file, got one that cannot be read "
                         f"({type(error).__name__})") from None
-
-
-def _save(path: str | Path, content: Blocks) -> None:
-    with atomic(path) as temporary:
-        torch.save(content, temporary)

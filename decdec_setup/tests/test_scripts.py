@@ -2,6 +2,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from decdec.artifacts import read_quant_config
 from decdec.errors import UserError
 from decdec.models import decoder_linears, load_model
+from decdec.original import save_original_thresholds
 
 from cheatsheet import make_cheatsheet, make_from_two_folders
 from convert_gguf import convert
@@ -120,6 +122,18 @@ def test_convert_tells_what_is_no_gguf(tmp_path):
     with pytest.raises(UserError, match="could not be read"):
         convert(tmp_path / "short.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch):
+    def fail(content, path):
+        Path(path).write_bytes(bytes(100))
+        raise RuntimeError("unexpected pos 128 vs 0")  # all that torch says of it
+
+    monkeypatch.setattr(torch, "save", fail)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match="No space left"):
+        save_original_thresholds(tmp_path / "thresholds.pt", {"model.layers.0.a": torch.ones(2)}, "model.layers")
+    assert not list(tmp_path.iterdir())
 
 
 def test_setup_makes_the_folder_and_a_mistake_is_one_line(tiny, tmp_path):
