@@ -1,6 +1,6 @@
 """Figure 15 of the paper: MT-Bench score against k_chunk, one line a method and bit width, from rows of mt_bench_judge.py.
 
-Runs with several seeds are averaged (the paper: three).
+Runs with several seeds are averaged (the paper: three). Prompts are not compensated.
 """
 
 import argparse
@@ -17,7 +17,8 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="figure to write (.pdf and .png)")
     parser.add_argument("--selection", default="bucket", help="the selection whose rows are drawn (default bucket)")
     arguments = parser.parse_args()
-    rows = bench_rows(arguments.rows, "mt_bench", ("model", "judge", "questions", "max_new_tokens"))
+    rows = [row for row in bench_rows(arguments.rows, "mt_bench", ("model", "judge", "questions", "max_new_tokens"))
+            if row["compensated"] in ("none", "generated tokens")]
     lines, original = by_k_chunk(rows, "score", arguments.selection)
     with style.figure(arguments.out) as (_, axes):
         draw_k_chunk(axes, lines, original, f"MT-Bench score by {rows[-1]['judge']}")

@@ -33,7 +33,7 @@ def bits_name(bits: int | list[int]) -> str:
 
 def label(row: dict) -> str:
     name = f"{METHODS.get(row['method'], row['method'])}, {bits_name(row['bits'])} bits"
-    return f"{name}, nested" if row.get("nested") else name
+    return f"{name}, nested {row['residual_bits']}" if row.get("nested") else name
 
 
 def by_k_chunk(rows: Iterable[dict], value: str, selection: str) -> tuple[dict[str, dict[int, float]], float | None]:

@@ -1,0 +1,63 @@
+"""Every command of the README, in its tiny form."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = re.findall(r"^\| `([^`]+)` \|", (ROOT / "evaluation/README.md").read_text(encoding="utf-8"), re.MULTILINE)
+FIGURES = [command.split()[1] for command in COMMANDS if re.match(r"evaluation/evaluate\.sh (fig|table)\d", command)]
+SCRIPTS = [command for command in COMMANDS if not command.startswith("evaluation/evaluate.sh")]
+TEXT = "--text pydoc --length 64"
+SHORT = {"perplexity.py": "--text pydoc --windows 1 --length 64", "lm_tasks.py": "--limit 1", "mt_bench_answer.py": "--max-new-tokens 2",
+         "error_curve.py": TEXT, "outliers.py": "--text pydoc --steps 8", "recall.py": TEXT, "tuned.py": f"{TEXT} --windows 1"}
+
+
+def test_each_figure_has_its_line_and_all_makes_them(everything):
+    script = (ROOT / "evaluation/evaluate.sh").read_text(encoding="utf-8")
+    assert FIGURES == re.search(r"all\) for part in (.*) report; do", script).group(1).split()
+    assert {f"evaluation/evaluate.sh {name} ORIGINAL FOLDER" for name in [*FIGURES, "all", "report"]} <= set(COMMANDS)
+    made = {re.sub(r"\D", "", path.stem.split("_")[0]).lstrip("0") for path in everything.iterdir() if path.suffix in (".png", ".md")}
+    assert made >= {re.sub(r"\D", "", name) for name in FIGURES}  # every one was made by `all`, through the same function
+
+
+@pytest.mark.parametrize("name", ["fig12", "report"])
+def test_a_figure_by_itself(everything, name):
+    result = subprocess.run([ROOT / "evaluation/evaluate.sh", name, "--tiny"], capture_output=True, text=True,
+                            env=os.environ | {"RESULTS": str(everything)})
+    assert result.returncode == 0 and "wrote" in result.stdout, result.stderr
+
+
+def test_perplexity_alone(everything, original, folder):
+    assert "evaluation/evaluate.sh ROWS.jsonl ORIGINAL FOLDER" in COMMANDS
+    rows = everything.with_name(f"{everything.name}.jsonl")
+    before = rows.read_text()
+    tiny = {"TEXT": "pydoc", "WINDOWS": "2", "LENGTH": "64", "K_CHUNKS": "0 8 32"}
+    result = subprocess.run([ROOT / "evaluation/evaluate.sh", rows, original, folder], capture_output=True, text=True,
+                            env=os.environ | tiny)
+    assert result.returncode == 0 and "k_chunk" in result.stdout, result.stderr
+    assert rows.read_text() == before and rows.with_suffix(".png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_a_script(everything, folder, data, tmp_path, command):
+    places = {"FOLDER": folder, "DATA": data, "MT": everything / "mt_bench", "PLAN": everything / "plans/tiny-rtn-w3-4050M.json",
+              "ROWS": everything.with_name(f"{everything.name}.jsonl"), "gpt-4o": "stand-in", "wikitext": "pydoc",
+              "evaluation": ROOT / "evaluation"}
+    words = shlex.split(re.sub(rf"\b({'|'.join(places)})\b", lambda match: str(places[match.group()]), command))
+    script = next((Path(word).name for word in words if word.endswith(".py")), "")
+    words += SHORT.get(script, "").split()
+    if words[0] == "accelerate":
+        words = ["-m", "accelerate.commands.launch", "--cpu", *words[2:]]
+    elif script == "mt_bench_judge.py":
+        words = [ROOT / "evaluation/stand_in_judge.py", sys.executable, *words[1:]]
+    else:
+        words = words[1:]
+    # In a folder of its own, for the rows go to evaluation/results/ unless told otherwise.
+    result = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0 and result.stdout, result.stderr
