@@ -1,8 +1,8 @@
 """Expected time against k_chunk: the paper's law (section 5.1), and the same law with the fixed costs that a GPU shows.
 
-The law: fetching is hidden behind the base GEMV until the knee, then time grows with the bytes fetched. It takes both the
-base GEMV and the link at their full rates. Measured kernels add a fixed cost to the fetching side (selection, the first byte
-over the link, the merge), and slow the base GEMV once too few SMs are left to it.
+The law: fetching is hidden behind the base GEMV until the knee, then time grows with the bytes fetched. It takes both
+the base GEMV and the link at their full rates. Measured kernels add a fixed cost to the fetching side (selection, the
+first byte over the link, the merge), and slow the base GEMV once too few SMs are left to it.
 """
 
 import math
@@ -18,8 +18,9 @@ from decdec.reference import CHUNK
 class Rates:
     """What bounds a GPU. ``dram_gb_s`` and ``link_gb_s`` are rates reached, not advertised.
 
-    The defaults of the others are those seen on an H100 (2026-11-22): one fetching block reaches 9 GB/s of link; fetching costs
-    6.5 us before the first row and after the last; a base GEMV needs 60 % of the SMs to keep its full rate.
+    The defaults of the others are those seen on an H100 (2026-11-22): one fetching block reaches 9 GB/s of link;
+    fetching costs 6.5 us before the first row and after the last; a base GEMV needs 60 % of the SMs to keep its full
+    rate.
     """
 
     dram_gb_s: float
@@ -66,7 +67,8 @@ def compensated_us(layer: Layer, n_tb: int, k_chunk: int, rates: Rates) -> float
 
 
 def fitted_fixed_us(layer: Layer, points: Iterable[tuple[int, float]], base: float, link_gb_s: float) -> float:
-    """The fixed cost of fetching that measured ``(k_chunk, us)`` show: what the slowest points leave when the link's time is taken off.
+    """The fixed cost of fetching that measured ``(k_chunk, us)`` show: what the slowest points leave when the link's
+    time is taken off.
 
     Only points well above the ``base`` time tell it: below, fetching is hidden. 0 if there are none.
     """

@@ -41,7 +41,8 @@ def total_us(timings: Timings, settings: Mapping[Layer, Setting] | None = None) 
     return sum(layer.count * timings.time(layer, setting.n_tb, setting.k_chunk) for layer, setting in settings.items())
 
 
-def decide(timings: Timings, target: Target, gains: Mapping[Layer, Sequence[float]] | None, n_limit: int) -> dict[Layer, Setting]:
+def decide(timings: Timings, target: Target, gains: Mapping[Layer, Sequence[float]] | None,
+           n_limit: int) -> dict[Layer, Setting]:
     """The best settings for ``target``: by the predicted ``gains``, or without them by the paper's two phases.
 
     The paper tunes one bit width at a time (a mixed model's two separately, to the same target); with gains all layers

@@ -1,7 +1,8 @@
-"""Figure 12 of the paper: time over that of the base GEMV against k_chunk, one line per n_tb, one picture per kind of layer.
+"""Figure 12 of the paper: time over that of the base GEMV against k_chunk, one line per n_tb, one picture per kind of
+layer.
 
-The dotted line marks the knee of the paper's law for the rates measured in the same run, the grey line the law with the fixed
-cost that the points show. Reads rows of run_profile.py.
+The dotted line marks the knee of the paper's law for the rates measured in the same run, the grey line the law with the
+fixed cost that the points show. Reads rows of run_profile.py.
 """
 
 import argparse
@@ -38,14 +39,15 @@ def draw(path: Path, layer: Layer, timings: Timings, dram_gb_s: float, link_gb_s
             points = {0: base} | lines[n_tb]
             axes.plot(sorted(points), [points[k] / base for k in sorted(points)], label=f"$n_{{tb}}$ = {n_tb}", **look)
         ks = range(1, last + 1)
-        axes.plot(ks, [max(base, analytic.fetch_us(layer, k, link_gb_s, fixed)) / base for k in ks], color="0.6", linewidth=2.5,
-                  zorder=0, label=f"law, {fixed:.1f} us fixed")
+        expected = [max(base, analytic.fetch_us(layer, k, link_gb_s, fixed)) / base for k in ks]
+        axes.plot(ks, expected, color="0.6", linewidth=2.5, zorder=0, label=f"law, {fixed:.1f} us fixed")
         axes.axvline(analytic.knee(layer.bits, layer.residual_bits, dram_gb_s, link_gb_s), color="black", linewidth=0.8,
                      linestyle=(0, (1, 1)))
         axes.set_xlabel("$k_{chunk}$ (channels per 1024)")
         axes.set_ylabel("time over base GEMV")
-        axes.set_title(f"{layer.label}, {layer.d_in}x{layer.d_out}, {timings.conditions.device}, {timings.conditions.sms} SMs")
-        axes.set_ylim(0.9, max(2.0, *(points[max(points)] / base for points in (lines[fastest],))) * 1.05)
+        here = timings.conditions
+        axes.set_title(f"{layer.label}, {layer.d_in}x{layer.d_out}, {here.device}, {here.sms} SMs")
+        axes.set_ylim(0.9, 1.05 * max(2.0, lines[fastest][max(lines[fastest])] / base))
         axes.legend()
 
 

@@ -2,10 +2,11 @@
 
 Two sources, the better one first:
 
-* ``gains.safetensors``, written into the model folder by measure_gains.py from gradients of the loss. In nats per token.
-* ``thresholds.pt`` and ``cheatsheet.pt`` alone: fetching channel c removes about ``x_c^2 |R_c|^2`` of a layer's squared output
-  error (errors of different channels taken as independent), which is estimated from the largest |x| at each rank. As a fraction
-  of the layer's squared output; layers count alike.
+* ``gains.safetensors``, written into the model folder by measure_gains.py from gradients of the loss. In nats per
+  token.
+* ``thresholds.pt`` and ``cheatsheet.pt`` alone: fetching channel c removes about ``x_c^2 |R_c|^2`` of a layer's squared
+  output error (errors of different channels taken as independent), which is estimated from the largest |x| at each
+  rank. As a fraction of the layer's squared output; layers count alike.
 """
 
 from collections.abc import Iterable
@@ -27,7 +28,8 @@ MEASURED, DERIVED = "nats per token", "fraction of squared output"
 
 
 def read_gains(folder: str | Path, layers: Iterable[Layer]) -> tuple[dict[Layer, Tensor], str] | None:
-    """For each layer its gain at k_chunk 0..1024, float64 ``(1025,)``, summed over the model, and the unit; None without data."""
+    """For each layer its gain at k_chunk 0..1024, float64 ``(1025,)``, summed over the model, and the unit; None
+    without data."""
     folder = Path(folder)
     quant = artifacts.read_quant_config(folder)
     if (folder / GAINS).is_file():
@@ -48,8 +50,9 @@ def read_gains(folder: str | Path, layers: Iterable[Layer]) -> tuple[dict[Layer,
 def diminishing(gain: Tensor) -> Tensor:
     """The nearest curve whose returns diminish, and never turn negative: float64 ``(1025,)``, 0 at k_chunk 0.
 
-    Ranks are in order of |x|, so true returns fall; where measured ones rise it is noise, and a tuner would chase it. Adjacent
-    returns that rise are pooled into their mean until none do, which is the least-squares fit of falling returns.
+    Ranks are in order of |x|, so true returns fall; where measured ones rise it is noise, and a tuner would chase it.
+    Adjacent returns that rise are pooled into their mean until none do, which is the least-squares fit of falling
+    returns.
     """
     pools: list[tuple[float, int]] = []  # (sum of returns, how many)
     for value in gain.diff().tolist():
@@ -94,20 +97,19 @@ def _derived(folder: Path, quant: QuantConfig) -> dict[str, Tensor]:
     gains = {}
     for name, layer in hub.compensated_layers(hub.load(folder)).items():
         if name not in thresholds.largest or name not in sheet.residual:
-            raise UserError(f"{folder}: {artifacts.THRESHOLDS} and {artifacts.CHEATSHEET} lack layer {name}; make them again")
+            raise UserError(f"{folder}: {artifacts.THRESHOLDS} and {artifacts.CHEATSHEET} lack layer {name}; "
+                            "make them again")
         energy = thresholds.mean_square[name].double()
-        rows = residual_row_energy(sheet.residual[name], sheet.scale[name], sheet.bits, sheet.nested, layer.out_features)
+        residual = ops.residual_dequantize(sheet.residual[name], sheet.scale[name], sheet.bits, sheet.nested,
+                                           layer.out_features, torch.float32)
+        rows = residual.square().sum(dim=1, dtype=torch.float64)
         weights = layer.dequantize(torch.float32).double().square().sum(dim=0)
         # The k-th largest |x| of the worst token stands for that of the usual token, at the usual token's energy.
         by_rank = thresholds.largest[name].double().square()
         by_rank *= energy.sum() / by_rank.sum().clamp_min(1e-30)
-        removed = torch.cat([torch.zeros(1, dtype=torch.float64), by_rank.cumsum(0)]) * (energy * rows).sum() / energy.sum().clamp_min(1e-30)
+        row_energy = (energy * rows).sum() / energy.sum().clamp_min(1e-30)
+        removed = torch.cat([torch.zeros(1, dtype=torch.float64), by_rank.cumsum(0)]) * row_energy
         at = torch.tensor([sum(chunk_counts(len(energy), k)) for k in range(CHUNK + 1)])
         gains[name] = removed[at] / (energy * weights).sum().clamp_min(1e-30)
     return gains
 
-
-def residual_row_energy(residual: Tensor, scale: Tensor | None, bits: int, nested: bool, d_out: int) -> Tensor:
-    """Squared norm of each residual row, float64 ``(d_in,)``."""
-    rows = ops.residual_dequantize(residual, scale, bits, nested, d_out, torch.float32)
-    return rows.square().sum(dim=1, dtype=torch.float64)

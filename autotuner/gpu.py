@@ -93,8 +93,6 @@ class _Bank:
         rows = (layer.d_in, packing.residual_row_bytes(layer.d_out, layer.residual_bits))
         residuals = arena.pinned_rows([rows] * self.copies)
         self.sets = [self._random_set(dtype, random, residual) for residual in residuals]
-        self.workspace = torch.zeros(arena.workspace_bytes(layer.d_out, 1), dtype=torch.uint8, device="cuda")
-        # Boundaries of a standard normal input: its k-th largest of d_in is near the quantile of that share.
         self.bucket = selection == "bucket"
         self.gemv, self.compensated = ((ops.codebook_gemv, ops.codebook_gemv_compensated) if layer.format == "codebook"
                                        else (ops.uniform_gemv, ops.uniform_gemv_compensated))
@@ -107,29 +105,32 @@ class _Bank:
 
         shape = packing.packed_shape(layer.d_out, layer.d_in, layer.bits)
         qweight = torch.randint(-2**31, 2**31 - 1, shape, generator=random, device="cuda", dtype=torch.int32)
+        groups = layer.d_in // (layer.group_size or layer.d_in)
         if layer.format == "codebook":
-            base = (qweight, (8000 * normal(layer.d_out, 2**layer.bits)).to(torch.int16), normal(layer.d_out, of=torch.float32).abs())
+            codebook = (8000 * normal(layer.d_out, 2**layer.bits)).to(torch.int16)
+            base = (qweight, codebook, normal(layer.d_out, of=torch.float32).abs())
         else:
-            groups = layer.d_in // (layer.group_size or layer.d_in)
             base = (qweight, normal(groups, layer.d_out).abs(), normal(groups, layer.d_out).abs())
         scale = None
         if layer.residual_bits != 16:
             scale = normal(groups if layer.nested else 1, layer.d_out).abs()
-        return normal(1, layer.d_in, of=dtype), base, residual, scale
+        workspace = torch.zeros(arena.workspace_bytes(layer.d_out, 1), dtype=torch.uint8, device="cuda")
+        return normal(1, layer.d_in, of=dtype), base, residual.random_(0, 256, generator=random), scale, workspace
 
     def call(self, copy: int, n_tb: int, k_chunk: int) -> Tensor:
-        layer, (x, base, residual, scale) = self.layer, self.sets[copy]
+        layer, (x, base, residual, scale, workspace) = self.layer, self.sets[copy]
         if k_chunk == 0:
             return self.gemv(x, *base)
         b_0, b_15 = self.boundaries(k_chunk) if self.bucket else (None, None)
         return self.compensated(x, *base, None, residual, scale, layer.residual_bits, layer.nested, k_chunk, b_0, b_15,
-                                n_tb=n_tb, workspace=self.workspace)
+                                n_tb=n_tb, workspace=workspace)
 
     @staticmethod
     def boundaries(k_chunk: int) -> tuple[float, float]:
-        """Boundaries that calibration would find for standard normal inputs: nearly their maximum, and the quantile of the k-th."""
-        tail = torch.tensor(1 - min(0.999, k_chunk / 1024) / 2)
-        return 5.0, float(1.1 * torch.special.ndtri(tail)) + 0.05
+        """``(b_0, b_15)`` as calibration would find them for standard normal inputs: about the largest, and a little
+        above the k-th."""
+        kth = torch.special.ndtri(torch.tensor(1 - min(0.999, k_chunk / 1024) / 2))
+        return 5.0, float(1.1 * kth) + 0.05
 
 
 class GpuTimer:

@@ -1,9 +1,10 @@
 """Measure what compensation is worth in each layer of a model: gains.safetensors, which tuner.py reads.
 
-Text runs forward and backward through the quantized model. For every layer and token, g being the gradient of the loss at the
-layer's output, fetching channel c moves the output by x_c R_c and so the loss by about x_c g.R_c; summed over the channels of
-largest |x| in every chunk this is the loss that k_chunk removes. The slope falls to nothing as the error goes (a parabola), so
-half of it counts. Estimates of small models and short texts are noisy in a single layer, but tuner.py only sums over them.
+Text runs forward and backward through the quantized model. For every layer and token, g being the gradient of the loss
+at the layer's output, fetching channel c moves the output by x_c R_c and so the loss by about x_c g.R_c; summed over
+the channels of largest |x| in every chunk this is the loss that k_chunk removes. The slope falls to nothing as the
+error goes (a parabola), so half of it counts. Estimates of small models and short texts are noisy in a single layer,
+but tuner.py only sums over them.
 """
 
 import argparse
@@ -40,7 +41,8 @@ def at_k_chunk(by_rank: list[Tensor]) -> Tensor:
     """The gain at k_chunk 0..1024, float64 ``(1025,)``, from what each rank of each chunk removes."""
     width = sum(len(part) for part in by_rank)
     summed = [torch.cat([torch.zeros(1, dtype=torch.float64), part.cumsum(0)]) for part in by_rank]
-    return torch.stack([sum(part[count] for part, count in zip(summed, chunk_counts(width, k))) for k in range(CHUNK + 1)])
+    return torch.stack([sum(part[count] for part, count in zip(summed, chunk_counts(width, k)))
+                        for k in range(CHUNK + 1)])
 
 
 class Recorder:
@@ -58,8 +60,9 @@ class Recorder:
 
     def _backward(self, name: str, layer: CompensatedLinear, x: Tensor, gradient: Tensor) -> None:
         scale = self.sheet.scale[name]
-        residual = ops.residual_dequantize(self.sheet.residual[name].to(x.device), None if scale is None else scale.to(x.device),
-                                           self.sheet.bits, self.sheet.nested, layer.out_features, torch.float32)
+        scale = None if scale is None else scale.to(x.device)
+        residual = ops.residual_dequantize(self.sheet.residual[name].to(x.device), scale, self.sheet.bits,
+                                           self.sheet.nested, layer.out_features, torch.float32)
         found = removed_by_rank(x.flatten(0, -2).float(), gradient.flatten(0, -2).float(), residual)
         if name in self.by_rank:
             found = [old + new for old, new in zip(self.by_rank[name], found)]
@@ -85,7 +88,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16, help="samples of text (default 16)")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sample (default 512)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU if there is one")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: the GPU if there is one")
     arguments = parser.parse_args()
     if arguments.samples < 1 or arguments.length < 2:
         raise UserError(f"samples, length: expected at least 1 and 2, got {arguments.samples} and {arguments.length}")
@@ -93,9 +97,10 @@ def main() -> None:
     quant = artifacts.read_quant_config(folder)
     sheet = artifacts.load_cheatsheet(folder / artifacts.CHEATSHEET, quant)
     source = text.load_text(arguments.text, "calibration")
-    samples = text.calibration_samples(source, load_tokenizer(str(folder)), arguments.samples, arguments.length, arguments.seed)
-    metadata = {"weights_hash": quant.weights_hash, "text": source.name, "text_hash": source.hash, "samples": str(arguments.samples),
-                "length": str(arguments.length), "seed": str(arguments.seed)}
+    samples = text.calibration_samples(source, load_tokenizer(str(folder)), arguments.samples, arguments.length,
+                                       arguments.seed)
+    metadata = {"weights_hash": quant.weights_hash, "text": source.name, "text_hash": source.hash,
+                "samples": str(arguments.samples), "length": str(arguments.length), "seed": str(arguments.seed)}
     out, wanted = folder / gains_of.GAINS, config_hash(metadata)
     if gains_of.config_of(out) == wanted:
         print(f"{out} is there already")

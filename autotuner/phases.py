@@ -1,7 +1,8 @@
 """The paper's tuner (section 4.4), phases 1 and 2, on plain numbers.
 
-``times[key][n_tb][k]`` is the time of a layer type ``key`` with ``n_tb`` fetching blocks and k_chunk ``k``, k = 0, 1, ...; entry 0
-is the base GEMV alone. Times must not fall as k grows (:func:`timings.envelope` sees to it); infinity is "not known".
+``times[key][n_tb][k]`` is the time of a layer type ``key`` with ``n_tb`` fetching blocks and k_chunk ``k``, k = 0, 1,
+...; entry 0 is the base GEMV alone. Times must not fall as k grows (:func:`timings.envelope` sees to it); infinity is
+"not known".
 """
 
 import math
@@ -23,7 +24,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Common:
-    """What phase 1 finds: ``n_max``, the ``steps`` that one common k_chunk could rise, and n_tb of the types that take part."""
+    """What phase 1 finds: ``n_max``, the ``steps`` that one common k_chunk could rise, and n_tb of the types that take
+    part."""
 
     n_max: int
     steps: int
@@ -40,11 +42,12 @@ def base_time(times: Times, key: Hashable) -> float:
 
 
 def phase_1(times: Times, sizes: Mapping[Hashable, int], budget: float, n_limit: int) -> Common | None:
-    """For each n_max up to ``n_limit`` every type takes its largest candidate, and one common k_chunk rises while the sum of all
-    times stays within ``budget``; the n_max with most steps wins (then the lower time, then the smaller n_max).
+    """For each n_max up to ``n_limit`` every type takes its largest candidate, and one common k_chunk rises while the
+    sum of all times stays within ``budget``; the n_max with most steps wins (then the lower time, then the smaller
+    n_max).
 
-    Where no n_max permits a step, the type of the smallest of ``sizes`` is left out with k_chunk 0, and the rest tried again.
-    None if nothing permits a step.
+    Where no n_max permits a step, the type of the smallest of ``sizes`` is left out with k_chunk 0, and the rest tried
+    again. None if nothing permits a step.
     """
     active = sorted(times, key=lambda key: sizes[key], reverse=True)
     while active:
@@ -70,10 +73,11 @@ def phase_1(times: Times, sizes: Mapping[Hashable, int], budget: float, n_limit:
 
 
 def phase_2(times: Times, common: Common, budget: float) -> dict[Hashable, Setting]:
-    """From the common k_chunk, rounds of +1 for each type, the smallest rise in time first, as long as the sum stays within
-    ``budget``; ends with a round that changes nothing. Types that phase 1 left out stay at 0."""
+    """From the common k_chunk, rounds of +1 for each type, the smallest rise in time first, as long as the sum stays
+    within ``budget``; ends with a round that changes nothing. Types that phase 1 left out stay at 0."""
     k_chunk = {key: common.steps if key in common.n_tb else 0 for key in times}
-    now = {key: time_at(times, key, common.n_tb[key], k_chunk[key]) if key in common.n_tb else base_time(times, key) for key in times}
+    now = {key: time_at(times, key, common.n_tb[key], k_chunk[key]) if key in common.n_tb else base_time(times, key)
+           for key in times}
     changed = True
     while changed:
         changed = False

@@ -23,8 +23,8 @@ def text(plan: Plan) -> str:
              f"memory {plan.dram_gb_s:.0f} GB/s, link {plan.link_gb_s:.1f} GB/s"]
     for tuned in plan.tuned:
         gain = "" if tuned.gain is None else f", removes {tuned.gain:.3g} {plan.gain_source}"
-        lines.append(f"target {tuned.target_percent:g}% {tuned.scope}, {tuned.objective}: predicted {percent(tuned.predicted_percent)}, "
-                     f"measured {percent(tuned.measured_percent)}{gain}")
+        lines.append(f"target {tuned.target_percent:g}% {tuned.scope}, {tuned.objective}: "
+                     f"predicted {percent(tuned.predicted_percent)}, measured {percent(tuned.measured_percent)}{gain}")
         for bits in sorted({choice.bits for choice in tuned.choices}):
             n_tb = ",".join(str(choice.n_tb) for choice in tuned.choices if choice.bits == bits)
             lines.append(f"  {bits}-bit  n_tb/(k_chunk of qkv,o,gu,d)  {settings(tuned, bits)}   n_tb ({n_tb})")
@@ -35,8 +35,9 @@ def rows(plan: Plan) -> Iterator[dict]:
     """One row for each target and kind of layer; percentages are of that kind's own base time."""
     for tuned in plan.tuned:
         for choice in tuned.choices:
-            yield {"shapes": plan.model, "method": plan.method, "bits": choice.bits, "target": tuned.target_percent, "scope": tuned.scope,
-                   "objective": tuned.objective, "kind": choice.kind, "n_tb": choice.n_tb, "k_chunk": choice.k_chunk,
+            yield {"shapes": plan.model, "method": plan.method, "bits": choice.bits,
+                   "target": tuned.target_percent, "scope": tuned.scope, "objective": tuned.objective,
+                   "kind": choice.kind, "n_tb": choice.n_tb, "k_chunk": choice.k_chunk,
                    "base_us": choice.base_us, "predicted": choice.predicted_us / choice.base_us,
                    "measured": choice.measured_us and choice.measured_us / choice.base_us,
                    "predicted_percent": tuned.predicted_percent, "measured_percent": tuned.measured_percent,

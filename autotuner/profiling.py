@@ -17,7 +17,7 @@ from decdec.files import append_row
 from decdec.reference import CHUNK
 
 COARSE = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2)  # of the knee; the paper too looks up to twice the knee
-SPREAD = 0.02  # samples spread wider than this are taken again: a target of 2.5 % cannot be tuned with noise of that size
+SPREAD = 0.02  # samples spread wider are taken again: a target of 2.5 % cannot be tuned with noise of that size
 TRIES = 3
 ROUNDS = 30
 
@@ -44,7 +44,8 @@ class Profiler:
         self.noisy = 0
 
     def measure(self, layer: Layer, n_tb: int, k_chunk: int, again: bool = False) -> Sample | None:
-        """Measure a point unless it is known (None then), or ``again`` in any case. Wide spreads are measured once more."""
+        """Measure a point unless it is known (None then), or ``again`` in any case. Wide spreads are measured once
+        more."""
         n_tb = n_tb if k_chunk else 0
         if not again and self.timings.measured(layer, n_tb, k_chunk):
             self._advance()
@@ -55,7 +56,8 @@ class Profiler:
                 break
             best = min(best, self.timer.time(layer, n_tb, k_chunk), key=lambda sample: sample.spread)
         self.noisy += best.spread > SPREAD
-        append_row(self.path, timing_row(self.timings.conditions, layer, n_tb, k_chunk, best.us, best.spread, best.samples))
+        append_row(self.path, timing_row(self.timings.conditions, layer, n_tb, k_chunk, best.us, best.spread,
+                                         best.samples))
         self.timings.add(layer, n_tb, k_chunk, best.us)
         self._advance()
         return best
@@ -66,12 +68,15 @@ class Profiler:
 
     def warn_if_noisy(self) -> None:
         if self.noisy:
-            print(f"warning: {self.noisy} timings spread by more than {SPREAD:.0%} even after {TRIES} tries: something else uses "
-                  "this GPU or its clocks move; close it and profile again into a new file", file=sys.stderr)
+            print(f"warning: {self.noisy} timings spread by more than {SPREAD:.0%} even after {TRIES} tries: "
+                  "something else uses this GPU or its clocks move; close it and profile again into a new file",
+                  file=sys.stderr)
 
 
-def coarse_points(layer: Layer, base_us: float, dram_gb_s: float, link_gb_s: float, n_limit: int) -> list[tuple[int, int]]:
-    """``(n_tb, k_chunk)`` for every candidate n_tb, up to twice the knee: the law's, or where the measured base time ends."""
+def coarse_points(layer: Layer, base_us: float, dram_gb_s: float, link_gb_s: float,
+                  n_limit: int) -> list[tuple[int, int]]:
+    """``(n_tb, k_chunk)`` for every candidate n_tb, up to twice the knee: the law's, or where the measured base time
+    ends."""
     by_time = base_us * 1e3 * link_gb_s / max(1, layer.residual_bytes(CHUNK)) * CHUNK
     knee = max(analytic.knee(layer.bits, layer.residual_bits, dram_gb_s, link_gb_s), by_time)
     k_chunks = sorted({1} | {min(CHUNK, max(1, round(part * knee))) for part in COARSE})
@@ -79,7 +84,8 @@ def coarse_points(layer: Layer, base_us: float, dram_gb_s: float, link_gb_s: flo
 
 
 def refine(profiler: Profiler, decisions: Sequence[Callable[[Timings], Mapping[Layer, Setting]]]) -> None:
-    """Measure what each of ``decisions`` chooses, and one channel to either side, until it chooses only what was measured.
+    """Measure what each of ``decisions`` chooses, and one channel to either side, until it chooses only what was
+    measured.
 
     A choice at the end of the measured range makes the range half as long again.
     """
@@ -93,7 +99,8 @@ def refine(profiler: Profiler, decisions: Sequence[Callable[[Timings], Mapping[L
                 last = max(timings.points[layer][setting.n_tb])
                 beyond = [min(CHUNK, last + max(2, last // 2))] if setting.k_chunk >= last else []
                 around = [k for k in (setting.k_chunk - 1, setting.k_chunk, setting.k_chunk + 1) if 0 < k <= last]
-                missing += [(layer, setting.n_tb, k) for k in around + beyond if not timings.measured(layer, setting.n_tb, k)]
+                missing += [(layer, setting.n_tb, k) for k in around + beyond
+                            if not timings.measured(layer, setting.n_tb, k)]
             if not missing:
                 break
             for point in missing:

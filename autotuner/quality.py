@@ -1,8 +1,9 @@
 """Phase 3, ours: the settings that remove most predicted loss within a time budget.
 
-The paper's phases count steps as if every channel of every layer were worth the same and cost the same. Here a layer type's
-k_chunk is worth the loss it is predicted to remove (:mod:`gains`), and costs the best time over all n_tb. Choosing one setting
-for each type is then a knapsack with one item of each class; types are few, so it is solved by merging Pareto fronts.
+The paper's phases count steps as if every channel of every layer were worth the same and cost the same. Here a layer
+type's k_chunk is worth the loss it is predicted to remove (:mod:`gains`), and costs the best time over all n_tb.
+Choosing one setting for each type is then a knapsack with one item of each class; types are few, so it is solved by
+merging Pareto fronts.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -10,8 +11,8 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 from phases import Setting, Times
 
-# Fronts longer than this are thinned to the best setting in each of so many steps of time. Four types stay well below it
-# (and so are solved exactly); with one class a block it bounds the loss of time to a few thousandths of the budget.
+# Fronts longer than this are thinned to the best setting in each of so many steps of time. Four types stay well below
+# it (and so are solved exactly); with one class a block it bounds the loss of time to a few thousandths of the budget.
 FRONT = 20_000
 
 
@@ -25,11 +26,12 @@ def fastest(curves: Mapping[int, Sequence[float]]) -> tuple[np.ndarray, np.ndarr
     return padded[best, np.arange(length)], np.array(n_tbs)[best]
 
 
-def tune(times: Times, gains: Mapping[Hashable, Sequence[float]], budget: float, n_limit: int) -> dict[Hashable, Setting]:
+def tune(times: Times, gains: Mapping[Hashable, Sequence[float]], budget: float,
+         n_limit: int) -> dict[Hashable, Setting]:
     """The settings of largest total gain whose times sum to at most ``budget``, n_tb up to ``n_limit``.
 
-    ``gains[key][k]`` is the loss removed at k_chunk ``k``, 0 at k = 0, not falling. Of equal gains the least time is taken.
-    ``k_chunk`` 0 everywhere if the budget permits nothing.
+    ``gains[key][k]`` is the loss removed at k_chunk ``k``, 0 at k = 0, not falling. Of equal gains the least time is
+    taken. ``k_chunk`` 0 everywhere if the budget permits nothing.
     """
     time, gain = np.zeros(1), np.zeros(1)
     steps = []  # for each type: (previous front's index, this type's k_chunk) of every point of the front

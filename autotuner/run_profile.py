@@ -1,8 +1,8 @@
 """Measure how long each kind of layer takes with and without compensation: rows that tuner.py chooses from.
 
-Times are CUDA-graph replays with a cold L2; the link's and the memory's rates are measured in the same run. Points are first
-coarse (every n_tb candidate of the paper, k_chunk up to twice the knee), then fine around what the paper's tuner chooses for the
-targets. Rows already in the profile are not measured again.
+Times are CUDA-graph replays with a cold L2; the link's and the memory's rates are measured in the same run. Points are
+first coarse (every n_tb candidate of the paper, k_chunk up to twice the knee), then fine around what the paper's tuner
+chooses for the targets. Rows already in the profile are not measured again.
 """
 
 import argparse
@@ -51,13 +51,15 @@ def profile(arguments: argparse.Namespace, layers, sms: int | None, rows: list[d
               f"memory {session.rates.dram_gb_s:.0f} GB/s, link {session.rates.link_gb_s:.1f} GB/s")
         for layer in layers:
             measured = sum(len(points) for points in timings.points[layer].values())
-            print(f"  {layer.label:10} {layer.d_in:6}x{layer.d_out:<6} base {timings.base(layer):8.2f} us, {measured} points")
+            print(f"  {layer.label:10} {layer.d_in:6}x{layer.d_out:<6} base {timings.base(layer):8.2f} us, "
+                  f"{measured} points")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sessions.add_arguments(parser)
-    parser.add_argument("--sms", type=sm_counts, help="profile on so many SMs of the GPU, one after another: 20,36,56,80")
+    parser.add_argument("--sms", type=sm_counts,
+                        help="profile on so many SMs of the GPU, one after another: 20,36,56,80")
     parser.add_argument("--target", type=float, nargs="+", default=[2.5, 5, 10, 20], metavar="PERCENT",
                         help="slow-downs around whose answers points are dense (default 2.5 5 10 20)")
     arguments = parser.parse_args()

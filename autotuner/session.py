@@ -1,4 +1,5 @@
-"""What run_profile.py and tuner.py are asked about: a model, a GPU that is here, limited or simulated, and a profile."""
+"""What run_profile.py and tuner.py are asked about: a model, a GPU that is here, limited or simulated, and a
+profile."""
 
 import argparse
 from contextlib import contextmanager
@@ -35,12 +36,16 @@ class Session:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="FOLDER", help="a folder made by decdec_setup")
-    parser.add_argument("--random-weights", metavar="NAME", help=f"shapes of a known model instead: {', '.join(shapes.NAMED)}")
-    parser.add_argument("--bits", type=float, default=3, help="of random weights: 2, 3, 4, or 3.5 for half 3 and half 4 (default 3)")
+    parser.add_argument("--random-weights", metavar="NAME",
+                        help=f"shapes of a known model instead: {', '.join(shapes.NAMED)}")
+    parser.add_argument("--bits", type=float, default=3,
+                        help="of random weights: 2, 3, 4, or 3.5 for half 3 and half 4 (default 3)")
     parser.add_argument("--format", choices=FORMATS, default="codebook", help="of random weights (default codebook)")
     parser.add_argument("--simulate", metavar="GPU", help=f"a GPU that is not here: {', '.join(datasheet.GPUS)}")
-    parser.add_argument("--law", action="store_true", help="simulate by the paper's law (section 5.1), without fixed costs")
-    parser.add_argument("--selection", choices=SELECTIONS, default="bucket", help="channel selection (default bucket, the paper's)")
+    parser.add_argument("--law", action="store_true",
+                        help="simulate by the paper's law (section 5.1), without fixed costs")
+    parser.add_argument("--selection", choices=SELECTIONS, default="bucket",
+                        help="channel selection (default bucket, the paper's)")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of activations (default float16)")
     parser.add_argument("--profile", required=True, metavar="FILE", help="JSON-lines file of measured times")
 
@@ -64,7 +69,8 @@ def open_session(arguments: argparse.Namespace, sms: int | None):
         if arguments.law:
             rates = rates.without_fixed_costs()
         device = plan.Device(sheet.name, sheet.sms, simulated=True)
-        yield Session(device, _conditions(arguments, device, f"{SIMULATED}-{config_hash(asdict(rates))}"), rates, simulated.SimulatedTimer(rates), {})
+        conditions = _conditions(arguments, device, f"{SIMULATED}-{config_hash(asdict(rates))}")
+        yield Session(device, conditions, rates, simulated.SimulatedTimer(rates), {})
         return
     if arguments.law:
         raise UserError("law: only a simulation (--simulate GPU) can follow the law")
@@ -78,7 +84,8 @@ def open_session(arguments: argparse.Namespace, sms: int | None):
         raise UserError(f"sms: {here.name} has {here.sms} SMs, {device.sms} were asked for")
     with gpu.limited_to(device.sms if sms else None):
         timer = gpu.GpuTimer(arguments.dtype, arguments.selection)
-        yield Session(device, _conditions(arguments, device, gpu.library_hash()), gpu.measure_rates(device.sms), timer, gpu.facts())
+        conditions = _conditions(arguments, device, gpu.library_hash())
+        yield Session(device, conditions, gpu.measure_rates(device.sms), timer, gpu.facts())
 
 
 def _conditions(arguments: argparse.Namespace, device: plan.Device, library: str) -> Conditions:
@@ -103,5 +110,6 @@ def saved_session(arguments: argparse.Namespace, sms: int | None) -> Session:
 
 def rates_row(session: Session) -> dict:
     """The rates that a profile's times stand beside, with facts about the machine."""
-    return {"what": "rates", "device": session.device.name, "sms": session.device.sms, "library": session.conditions.library,
-            "dram_gb_s": session.rates.dram_gb_s, "link_gb_s": session.rates.link_gb_s, **session.facts}
+    return {"what": "rates", "device": session.device.name, "sms": session.device.sms,
+            "library": session.conditions.library, "dram_gb_s": session.rates.dram_gb_s,
+            "link_gb_s": session.rates.link_gb_s, **session.facts}

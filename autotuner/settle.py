@@ -1,4 +1,5 @@
-"""From a target to settings that hold: choose, measure the choice afresh, and choose again with less if it takes too long."""
+"""From a target to settings that hold: choose, measure the choice afresh, and choose again with less if it takes too
+long."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +18,8 @@ Decision = Callable[[Timings, Target], Mapping[Layer, Setting]]
 
 @dataclass(frozen=True)
 class Settled:
-    """Settings, with times of one layer in microseconds. ``measured`` is None where there is nothing to measure with."""
+    """Settings, with times of one layer in microseconds. ``measured`` is None where there is nothing to measure
+    with."""
 
     settings: dict[Layer, Setting]
     base: dict[Layer, float]
@@ -26,16 +28,16 @@ class Settled:
     predicted_percent: float
     measured_percent: float | None
 
-    def unmeasured(self) -> "Settled":
-        return replace(self, measured=None, measured_percent=None)
 
+def settle(timings: Timings, profiler: Profiler | None, decision: Decision, target: Target,
+           afresh: bool = True) -> Settled:
+    """Choose for ``target``; with a ``profiler`` measure the choice ``afresh`` until it keeps the target.
 
-def settle(timings: Timings, profiler: Profiler | None, decision: Decision, target: Target) -> Settled:
-    """Choose for ``target``; with a ``profiler`` measure the choice afresh until it keeps the target.
-
-    Without one, the choice rests on the saved rows alone.
+    Without one, the choice rests on the saved rows alone. A simulation has nothing to measure afresh.
     """
-    if profiler is None:
+    if profiler is not None and not afresh:
+        refine(profiler, [lambda table: decision(table, target)])
+    if profiler is None or not afresh:
         return _predicted(timings, dict(decision(timings, target)), target)
     allowed = target
     for _ in range(ATTEMPTS):
@@ -52,8 +54,8 @@ def _measured(timings: Timings, profiler: Profiler, settings: dict[Layer, Settin
     before = _predicted(timings, settings, target)
     base, measured = {}, {}
     for layer, setting in settings.items():
-        pairs = [(profiler.measure(layer, 0, 0, again=True).us, profiler.measure(layer, setting.n_tb, setting.k_chunk, again=True).us)
-                 for _ in range(FRESH)]
+        pairs = [(profiler.measure(layer, 0, 0, again=True).us,
+                  profiler.measure(layer, setting.n_tb, setting.k_chunk, again=True).us) for _ in range(FRESH)]
         base[layer], measured[layer] = (sorted(times)[FRESH // 2] for times in zip(*pairs))
         if setting.k_chunk == 0:
             measured[layer] = base[layer]

@@ -61,11 +61,13 @@ class Shapes:
 
 
 def random_weights(name: str, bits: float, format: str) -> Shapes:
-    """A known model's shapes; ``bits`` 3.5 is half of the blocks at 3 and half at 4 bits. Uniform weights have groups of 128."""
+    """A known model's shapes; ``bits`` 3.5 is half of the blocks at 3 and half at 4 bits. Uniform weights have groups
+    of 128."""
     if name not in NAMED:
         raise UserError(f"random-weights: expected one of {', '.join(NAMED)}, got {name!r}")
     hidden, mlp, heads, kv_heads, blocks, vocabulary = NAMED[name]
-    widths = {"qkv": (hidden, 128 * (heads + 2 * kv_heads)), "o": (128 * heads, hidden), "gu": (hidden, 2 * mlp), "d": (mlp, hidden)}
+    widths = {"qkv": (hidden, 128 * (heads + 2 * kv_heads)), "o": (128 * heads, hidden), "gu": (hidden, 2 * mlp),
+              "d": (mlp, hidden)}
     parts = {int(bits): blocks} if bits == int(bits) else {int(bits): blocks - blocks // 2, int(bits) + 1: blocks // 2}
     if set(parts) - set(packing.BASE_BITS):
         raise UserError(f"bits: expected 2 to 4, or a half between them, got {bits:g}")
@@ -75,7 +77,8 @@ def random_weights(name: str, bits: float, format: str) -> Shapes:
 
 
 def from_folder(folder: str | Path) -> Shapes:
-    """The shapes of a DecDEC folder: layers of one block that share kind and bits are one, as the decoder fuses them."""
+    """The shapes of a DecDEC folder: layers of one block that share kind and bits are one, as the decoder fuses
+    them."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     quant = artifacts.read_quant_config(folder)
@@ -95,9 +98,11 @@ def from_folder(folder: str | Path) -> Shapes:
         residual_bits, nested = sheet.bits, sheet.nested
     counts = Counter((kind, bits, linears[0].in_features, sum(linear.out_features for linear in linears))
                      for (_, kind, bits), linears in fused.items())
-    layers = tuple(Layer(*key, count, quant.format, quant.group_size, residual_bits, nested) for key, count in counts.items())
+    layers = tuple(Layer(*key, count, quant.format, quant.group_size, residual_bits, nested)
+                   for key, count in counts.items())
     if len({(layer.kind, layer.bits) for layer in layers}) < len(layers):
-        raise UserError(f"{folder}: layers of one kind and bit width differ in shape; the tuner chooses by kind and bits")
+        raise UserError(f"{folder}: layers of one kind and bit width differ in shape; "
+                        "the tuner chooses by kind and bits")
     head = model.get_output_embeddings().weight
     return Shapes(Path(folder).resolve().name, quant.method, layers, 2 * head.numel(), quant.weights_hash)
 

@@ -1,4 +1,5 @@
-"""The paper's Table 3 from plans: n_tb^max/(k_qkv,k_o,k_gu,k_d) and the slow-down, one line a device and target, one column a model."""
+"""The paper's Table 3 from plans: n_tb^max/(k_qkv,k_o,k_gu,k_d) and the slow-down, one line a device and target, one
+column a model."""
 
 import argparse
 
@@ -16,10 +17,11 @@ def cells(paths: list[str]) -> dict[tuple[str, float], dict[str, str]]:
         for tuned in plan.tuned:
             device = f"{plan.device.name} {plan.device.sms} SMs" + " (simulated)" * plan.device.simulated
             for bits in sorted({choice.bits for choice in tuned.choices}):
-                slowdown = plan_report.percent(tuned.predicted_percent if tuned.measured_percent is None else tuned.measured_percent)
-                kind = "predicted" if tuned.measured_percent is None else "measured"
+                measured = tuned.measured_percent is not None
+                slowdown = plan_report.percent(tuned.measured_percent if measured else tuned.predicted_percent)
                 model = f"{plan.model} {plan.method} w{bits}, {tuned.objective}, {tuned.scope}"
-                lines.setdefault((device, tuned.target_percent), {})[model] = f"{plan_report.settings(tuned, bits)} {slowdown} {kind}"
+                cell = f"{plan_report.settings(tuned, bits)} {slowdown} {'measured' if measured else 'predicted'}"
+                lines.setdefault((device, tuned.target_percent), {})[model] = cell
     return lines
 
 

@@ -17,7 +17,8 @@ SHAPE = ("format", "bits", "group_size", "d_in", "d_out", "residual_bits", "nest
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a time depends on besides shape and settings. ``library``: hash of the compiled kernels, ``simulated`` for none."""
+    """What a time depends on besides shape and settings. ``library``: hash of the compiled kernels, ``simulated`` for
+    none."""
 
     device: str
     sms: int
@@ -26,10 +27,11 @@ class Conditions:
     selection: str
 
 
-def timing_row(conditions: Conditions, layer: Layer, n_tb: int, k_chunk: int, us: float, spread: float, samples: int) -> dict:
+def timing_row(conditions: Conditions, layer: Layer, n_tb: int, k_chunk: int, us: float, spread: float,
+               samples: int) -> dict:
     """One measured time. ``spread`` is the interquartile range of the samples over their median ``us``."""
-    return {"what": "timing", **vars(conditions), **{key: getattr(layer, key) for key in SHAPE}, "n_tb": n_tb, "k_chunk": k_chunk,
-            "us": us, "spread": spread, "samples": samples}
+    return {"what": "timing", **vars(conditions), **{key: getattr(layer, key) for key in SHAPE}, "n_tb": n_tb,
+            "k_chunk": k_chunk, "us": us, "spread": spread, "samples": samples}
 
 
 def read_profile(path: str | Path, missing_ok: bool = False) -> list[dict]:
@@ -48,7 +50,8 @@ def read_profile(path: str | Path, missing_ok: bool = False) -> list[dict]:
 
 
 class Timings:
-    """Times of ``layers`` under ``conditions``: ``points[layer][n_tb][k_chunk]`` microseconds, base times at n_tb 0, k_chunk 0."""
+    """Times of ``layers`` under ``conditions``: ``points[layer][n_tb][k_chunk]`` microseconds, base times at n_tb 0,
+    k_chunk 0."""
 
     def __init__(self, layers: Sequence[Layer], conditions: Conditions, rows: Iterable[dict] = ()):
         self.layers, self.conditions = tuple(layers), conditions
@@ -65,12 +68,14 @@ class Timings:
                 for layer in by_shape.get(tuple(row[key] for key in SHAPE), ()):
                     self.add(layer, int(row["n_tb"]), int(row["k_chunk"]), float(row["us"]))
             except (KeyError, TypeError, ValueError) as error:
-                raise UserError(f"profile: a timing row misses or garbles a field ({type(error).__name__}: {error}); profile again") from None
+                raise UserError(f"profile: a timing row misses or garbles a field ({type(error).__name__}: {error}); "
+                                "profile again") from None
 
     def add(self, layer: Layer, n_tb: int, k_chunk: int, us: float) -> None:
         """One more measurement of a point, whose time is the median of all."""
         if not us > 0:
-            raise UserError(f"profile: {layer.label}, n_tb {n_tb}, k_chunk {k_chunk}: expected a positive time, got {us}")
+            raise UserError(f"profile: {layer.label}, n_tb {n_tb}, k_chunk {k_chunk}: expected a positive time, "
+                            f"got {us}")
         seen = self._seen[layer, n_tb, k_chunk]
         seen.append(us)
         self.points[layer][n_tb][k_chunk] = statistics.median(seen)
@@ -87,10 +92,12 @@ class Timings:
 
     def time(self, layer: Layer, n_tb: int, k_chunk: int) -> float:
         """Time at one point: measured, or between its measured neighbours."""
-        return self.base(layer) if k_chunk == 0 else float(interpolated(self.points[layer][n_tb], self.base(layer))[k_chunk])
+        base = self.base(layer)
+        return base if k_chunk == 0 else float(interpolated(self.points[layer][n_tb], base)[k_chunk])
 
     def times(self) -> dict[Layer, dict[int, np.ndarray]]:
-        """The tuner's table, one token's worth: ``[layer][n_tb][k_chunk]`` is the time of all ``layer.count`` layers."""
+        """The tuner's table, one token's worth: ``[layer][n_tb][k_chunk]`` is the time of all ``layer.count``
+        layers."""
         table = {}
         for layer in self.layers:
             base = self.base(layer)
@@ -103,7 +110,8 @@ class Timings:
 def interpolated(points: dict[int, float], base: float) -> np.ndarray:
     """Times at k_chunk 0, 1, ... up to the last measured one, linear between measured points.
 
-    Entry 0 is ``base``. Nothing is assumed between it and the first measured point, where fixed costs set in: infinity there.
+    Entry 0 is ``base``. Nothing is assumed between it and the first measured point, where fixed costs set in: infinity
+    there.
     """
     known = sorted(points)
     if not known:
@@ -115,9 +123,10 @@ def interpolated(points: dict[int, float], base: float) -> np.ndarray:
 
 
 def envelope(curve: np.ndarray) -> np.ndarray:
-    """The same times made non-falling from k_chunk 1 on: one that takes longer than a larger k_chunk counts as that one does.
+    """The same times made non-falling from k_chunk 1 on: one that takes longer than a larger k_chunk counts as that one
+    does.
 
-    Noise, and row counts that divide badly among warps, make measured times fall here and there. Fetching more in less time is
-    never worse, and both tuners climb such a step to its end, so that what they choose was really measured.
+    Noise, and row counts that divide badly among warps, make measured times fall here and there. Fetching more in less
+    time is never worse, and both tuners climb such a step to its end, so that what they choose was really measured.
     """
     return np.concatenate([curve[:1], np.minimum.accumulate(curve[:0:-1])[::-1]])

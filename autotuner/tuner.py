@@ -1,8 +1,8 @@
 """Choose n_tb and k_chunk for each kind of layer so that decoding slows down by no more than asked: plan.json.
 
-By default the settings are those predicted to remove most loss in the time allowed; --objective paper is the paper's two phases.
-Needs a profile of run_profile.py. On the GPU of the profile (or in simulation) the choice is refined by further measurements and
-then measured afresh; elsewhere it rests on the saved rows.
+By default the settings are those predicted to remove most loss in the time allowed; --objective paper is the paper's
+two phases. Needs a profile of run_profile.py. On the GPU of the profile (or in simulation) the choice is refined by
+further measurements and then measured afresh; elsewhere it rests on the saved rows.
 """
 
 import argparse
@@ -17,10 +17,11 @@ import plan_report
 import session as sessions
 import torch
 from decide import Target
+from phases import Setting
 from profiling import Profiler
 from session import Session
 from settle import Settled, settle
-from shapes import Shapes
+from shapes import Layer, Shapes
 from timings import Timings, read_profile
 
 from decdec import plan
@@ -30,22 +31,25 @@ from decdec.plan import Choice, Plan, Tuned
 
 
 def choices(settled: Settled) -> tuple[Choice, ...]:
-    return tuple(Choice(layer.kind, layer.bits, layer.d_in, layer.d_out, layer.count, setting.n_tb, setting.k_chunk, settled.base[layer],
-                        settled.predicted[layer], settled.measured and settled.measured[layer])
+    return tuple(Choice(layer.kind, layer.bits, layer.d_in, layer.d_out, layer.count, setting.n_tb, setting.k_chunk,
+                        settled.base[layer], settled.predicted[layer], settled.measured and settled.measured[layer])
                  for layer, setting in settled.settings.items())
 
 
-def tune(shapes: Shapes, session: Session, rows: list[dict], targets: list[Target], gains: tuple | None, profile: str) -> Plan:
+def tune(shapes: Shapes, session: Session, rows: list[dict], targets: list[Target], gains: tuple | None,
+         profile: str) -> Plan:
     """Settle every target and put the results together; ``gains`` as :func:`gains.read_gains` returns them."""
     timings = Timings(shapes.layers, session.conditions, rows)
     profiler = session.timer and Profiler(timings, session.timer, profile)
     by_layer, unit = gains or (None, None)
     n_limit = max(1, session.device.sms // 2)
+
+    def decision(table: Timings, target: Target) -> dict[Layer, Setting]:
+        return decide.decide(table, target, by_layer, n_limit)
+
     tuned = []
     for target in targets:
-        settled = settle(timings, profiler, lambda table, allowed: decide.decide(table, allowed, by_layer, n_limit), target)
-        if session.device.simulated:  # a model that agrees with itself has measured nothing
-            settled = settled.unmeasured()
+        settled = settle(timings, profiler, decision, target, afresh=not session.device.simulated)
         gain = gains and float(sum(by_layer[layer][setting.k_chunk] for layer, setting in settled.settings.items()))
         tuned.append(Tuned(target.percent, target.scope, "quality" if gains else "paper", settled.predicted_percent,
                            settled.measured_percent, target.rest_us, gain, choices(settled)))
@@ -70,7 +74,8 @@ def rest_us(arguments: argparse.Namespace, shapes: Shapes, session: Session, bas
                         "(generate.py --k-chunk 0 prints tokens a second)")
     rest = 1e3 * arguments.token_ms - base_us
     if rest < 0:
-        raise UserError(f"token-ms: the linear layers alone take {base_us / 1e3:.2f} ms a token, got {arguments.token_ms:g}")
+        raise UserError(f"token-ms: the linear layers alone take {base_us / 1e3:.2f} ms a token, "
+                        f"got {arguments.token_ms:g}")
     return rest
 
 
@@ -78,8 +83,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sessions.add_arguments(parser)
     parser.add_argument("--sms", type=int, help="tune for so many SMs of the GPU")
-    parser.add_argument("--saved", action="store_true", help="tune from the saved rows alone, for the GPU they were measured on")
-    parser.add_argument("--target", type=float, nargs="+", default=[5.0], metavar="PERCENT", help="allowed slow-downs (default 5)")
+    parser.add_argument("--saved", action="store_true",
+                        help="tune from the saved rows alone, for the GPU they were measured on")
+    parser.add_argument("--target", type=float, nargs="+", default=[5.0], metavar="PERCENT",
+                        help="allowed slow-downs (default 5)")
     parser.add_argument("--scope", choices=decide.SCOPES, default="kernel",
                         help="slow-down of the linear layers' kernels (default, the paper's) or of a whole token")
     parser.add_argument("--token-ms", type=float, help="time of a token without compensation, for the end-to-end scope")
@@ -98,8 +105,8 @@ def main() -> None:
     if arguments.objective != "paper" and arguments.model is not None:
         gains = gains_of.read_gains(arguments.model, shapes.layers)
     if gains is None and arguments.objective == "quality":
-        raise UserError("objective: quality needs calibration data: a folder with gains.safetensors (measure_gains.py), "
-                        "or with thresholds.pt and cheatsheet.pt")
+        raise UserError("objective: quality needs calibration data: a folder with gains.safetensors "
+                        "(measure_gains.py), or with thresholds.pt and cheatsheet.pt")
     with ExitStack() as stack:
         if arguments.saved:
             session = sessions.saved_session(arguments, arguments.sms)

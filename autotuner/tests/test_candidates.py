@@ -19,7 +19,8 @@ def test_the_examples_of_the_paper():
 
 
 def test_n_tb_of_the_worked_example():
-    """The paper prints (24, 16, 23, 14) for n_tb^max = 24; by its own rule d's largest candidate is 16, since 4096 outputs are 16 segments."""
+    """The paper prints (24, 16, 23, 14) for n_tb^max = 24; by its own rule d's largest candidate is 16, since 4096
+    outputs are 16 segments."""
     assert [largest_candidate(of("llama-3-8b", kind), 24) for kind in ("qkv", "o", "gu", "d")] == [24, 16, 23, 16]
 
 
@@ -42,4 +43,5 @@ def test_no_candidate_below_the_first():
 
 
 def test_every_named_model_has_four_kinds():
-    assert all([layer.kind for layer in random_weights(name, 3, "uniform").layers] == ["qkv", "o", "gu", "d"] for name in NAMED)
+    for name in NAMED:
+        assert [layer.kind for layer in random_weights(name, 3, "uniform").layers] == ["qkv", "o", "gu", "d"]

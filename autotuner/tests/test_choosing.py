@@ -67,14 +67,19 @@ def test_phase_1_equals_brute_force(table):
 def rounds(times, n_tb, k_chunk, budget):
     """Phase 2, told a second time: whole sums, no bookkeeping."""
     def total(k):
-        return sum(times[kind][n_tb[kind]][k[kind]] if kind in n_tb else list(times[kind].values())[0][0] for kind in times)
+        return sum(times[kind][n_tb[kind]][k[kind]] if kind in n_tb else list(times[kind].values())[0][0]
+                   for kind in times)
+
+    def rise(kind):
+        curve, k = times[kind][n_tb[kind]], k_chunk[kind]
+        return curve[k + 1] - curve[k]
 
     def one_more(k, kind):
         return {**k, kind: k[kind] + 1}
 
     while True:
         can = [kind for kind in times if kind in n_tb and k_chunk[kind] + 1 < len(times[kind][n_tb[kind]])]
-        order = sorted(can, key=lambda kind: times[kind][n_tb[kind]][k_chunk[kind] + 1] - times[kind][n_tb[kind]][k_chunk[kind]])
+        order = sorted(can, key=rise)
         before = k_chunk
         for kind in order:
             if total(one_more(k_chunk, kind)) <= budget:
@@ -105,8 +110,8 @@ CANDIDATES = {"qkv": (1, 2, 3, 4, 5, 6, 8, 12, 24), "o": (1, 2, 3, 4, 6, 8, 16),
 
 
 def worked_example():
-    """A table of the shape of the paper's example (56 SMs): time rises from a knee that comes later the more blocks fetch, and
-    beyond 24 blocks the base GEMV of gate/up lacks SMs."""
+    """A table of the shape of the paper's example (56 SMs): time rises from a knee that comes later the more blocks
+    fetch, and beyond 24 blocks the base GEMV of gate/up lacks SMs."""
     slope = {"qkv": 0.9, "o": 0.8, "gu": 0.25, "d": 0.35}
     times = {}
     for kind, base in BASE.items():
@@ -145,7 +150,8 @@ def test_candidates_beyond_the_limit_are_not_used():
 @st.composite
 def problems(draw):
     times, sizes, budget = draw(tables())
-    gains = {kind: [0.0, *itertools.accumulate(draw(st.lists(st.floats(0, 5), min_size=9, max_size=9)))] for kind in times}
+    gains = {kind: [0.0, *itertools.accumulate(draw(st.lists(st.floats(0, 5), min_size=9, max_size=9)))]
+             for kind in times}
     return times, sizes, gains, budget
 
 
@@ -153,7 +159,8 @@ def every_choice(times, gains, budget):
     """Brute force: the largest gain of all settings of all kinds that fit."""
     options = []
     for kind, curves in times.items():
-        options.append([(curve[k], gains[kind][k]) for n, curve in curves.items() if n <= LIMIT for k in range(len(curve))]
+        options.append([(curve[k], gains[kind][k])
+                        for n, curve in curves.items() if n <= LIMIT for k in range(len(curve))]
                        or [(next(iter(curves.values()))[0], 0.0)])
     fitting = [sum(g for _, g in combination) for combination in itertools.product(*options)
                if sum(t for t, _ in combination) <= budget]
@@ -172,7 +179,8 @@ def test_equals_brute_force_and_keeps_the_budget(problem):
     budget *= 1 + 1e-9
     chosen = quality.tune(times, gains, budget, LIMIT)
     assert total(times, chosen) <= budget * (1 + 1e-9)
-    assert sum(gains[kind][setting.k_chunk] for kind, setting in chosen.items()) == pytest.approx(every_choice(times, gains, budget))
+    worth = sum(gains[kind][setting.k_chunk] for kind, setting in chosen.items())
+    assert worth == pytest.approx(every_choice(times, gains, budget))
 
 
 @settings(max_examples=150, deadline=None)
@@ -195,7 +203,8 @@ def test_many_classes_stay_near_the_optimum():
     chosen = quality.tune(times, gains, budget, LIMIT)
     assert total(times, chosen) <= budget
     # Lagrangian bound: best over a few prices of time.
-    bound = min(price * (budget - 40) + sum(max(gains[b][k] - price * (times[b][4][k] - 1) for k in range(40)) for b in times)
+    bound = min(price * (budget - 40)
+                + sum(max(gains[b][k] - price * (times[b][4][k] - 1) for k in range(40)) for b in times)
                 for price in np.geomspace(0.1, 100, 60))
     assert sum(gains[b][setting.k_chunk] for b, setting in chosen.items()) > 0.99 * bound
 

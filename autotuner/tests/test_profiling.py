@@ -49,7 +49,8 @@ def test_saved_rows_are_not_measured_again(tmp_path):
     assert again.points == timings.points
 
 
-@pytest.mark.parametrize("change", [{"sms": 30}, {"device": "other"}, {"library": "new"}, {"selection": "exact"}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize("change", [{"sms": 30}, {"device": "other"}, {"library": "new"}, {"selection": "exact"},
+                                    {"dtype": "bfloat16"}])
 def test_rows_of_other_conditions_are_not_used(tmp_path, change):
     row = timing_row(dataclasses.replace(HERE, **change), LAYERS[0], 0, 0, 5.0, 0.0, 31)
     with pytest.raises(UserError, match="no base time of qkv"):
@@ -145,7 +146,8 @@ def test_missing_and_falling_times():
     assert envelope(interpolated({2: 12.0}, 10.0)).tolist() == [10.0, 12.0, 12.0]
 
 
-@pytest.mark.parametrize("row, says", [({"what": "dance"}, "row 1"), ({"what": "timing", "device": "fake"}, None), ([1], "row 1")])
+@pytest.mark.parametrize("row, says", [({"what": "dance"}, "row 1"), ([1], "row 1"),
+                                       ({"what": "timing", "device": "fake"}, None)])
 def test_a_profile_that_is_none_is_refused(tmp_path, row, says):
     append_row(tmp_path / "rows.jsonl", row)
     if says:

@@ -33,8 +33,9 @@ def folder(tmp_path_factory) -> Path:
     original = make_model(tmp_path_factory.mktemp("tuner") / "tiny")
     out = original.parent / "tiny-w3"
     text = ("--text", "pydoc", "--samples", 4, "--length", 64)
-    for script, *arguments in (("quantize.py", "--model", original, "--method", "rtn", "--bits", 3, "--out", out, *text),
-                               ("cheatsheet.py", out), ("thresholds.py", out, *text)):
+    quantize = ("--model", original, "--method", "rtn", "--bits", 3, "--out", out)
+    for script, *arguments in (("quantize.py", *quantize, *text), ("cheatsheet.py", out),
+                               ("thresholds.py", out, *text)):
         result = run_script(SETUP / script, *arguments)
         assert result.returncode == 0, result.stderr
     return out
@@ -51,7 +52,8 @@ def profile(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Run a script's main here, which saves the seconds that a new process takes to import torch; returns what it printed."""
+    """Run a script's main here, which saves the seconds that a new process takes to import torch; returns what it
+    printed."""
     def run_main(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
         script.main()
@@ -97,8 +99,9 @@ def test_figure_table_and_csv_from_the_rows(call, profile, tmp_path):
 
 
 def test_the_whole_stage_on_a_folder_and_its_plan_is_refused_elsewhere(call, folder, tmp_path):
-    result = run_script(ROOM / "tune.sh", folder, 50, env=os.environ | {"PYTHON": sys.executable,
-                                                           "SIMULATE": "4050M", "TEXT": "pydoc", "SAMPLES": "2", "RESULTS": str(tmp_path)})
+    settings = {"PYTHON": sys.executable, "SIMULATE": "4050M", "TEXT": "pydoc", "SAMPLES": "2",
+                "RESULTS": str(tmp_path)}
+    result = run_script(ROOM / "tune.sh", folder, 50, env=os.environ | settings)
     assert result.returncode == 0, result.stderr
     quant = read_quant_config(folder)
     plan = load_plan(folder / "plan.json", quant)
@@ -128,7 +131,8 @@ def test_gains_without_gradients_come_from_thresholds(folder):
 
 
 def test_removed_loss_is_that_of_a_quadratic():
-    """For a loss 1/2 |o - target|^2 whose whole error is R x, compensating everything removes all of it; and ranks are by |x| in each chunk."""
+    """For a loss 1/2 |o - target|^2 whose whole error is R x, compensating everything removes all of it; and ranks are
+    by |x| in each chunk."""
     torch.manual_seed(0)
     x, residual = torch.randn(5, 1500), torch.randn(1500, 7)
     gradient = -(x @ residual)  # at the output without compensation, o - target = -R x
@@ -136,7 +140,7 @@ def test_removed_loss_is_that_of_a_quadratic():
     assert [len(part) for part in by_rank] == [1024, 476]
     gain = at_k_chunk(by_rank)
     assert gain[0] == 0 and gain[1024] == pytest.approx(float(0.5 * gradient.square().sum()), rel=1e-4)
-    order = x[:, :1024].abs().argsort(dim=1, descending=True)[:, 0], x[:, 1024:].abs().argsort(dim=1, descending=True)[:, 0] + 1024
+    order = x[:, :1024].abs().argmax(dim=1), x[:, 1024:].abs().argmax(dim=1) + 1024
     first = sum(float(-0.5 * x[t, c] * (gradient[t] @ residual[c])) for best in order for t, c in enumerate(best))
     assert gain[1] == pytest.approx(first, rel=1e-4)
 

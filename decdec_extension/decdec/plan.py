@@ -1,4 +1,5 @@
-"""``plan.json``: what the autotuner chose for one model on one GPU, and what it rests on. Schema, write, read, refuse."""
+"""``plan.json``: what the autotuner chose for one model on one GPU, and what it rests on. Schema, write, read,
+refuse."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -25,7 +26,8 @@ class Device:
 
 @dataclass(frozen=True)
 class Choice:
-    """The settings of one kind of layer (``qkv``, ``o``, ``gu``, ``d``) at one bit width; times are of one layer, in microseconds."""
+    """The settings of one kind of layer (``qkv``, ``o``, ``gu``, ``d``) at one bit width; times are of one layer, in
+    microseconds."""
 
     kind: str
     bits: int
@@ -41,7 +43,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The choices for one target. ``scope``: the slow-down of the linear layers' ``kernel`` times, or ``end-to-end`` of a token."""
+    """The choices for one target. ``scope``: the slow-down of the linear layers' ``kernel`` times, or ``end-to-end`` of
+    a token."""
 
     target_percent: float
     scope: str
@@ -98,7 +101,8 @@ def save_plan(path: str | Path, plan: Plan) -> None:
 
 
 def load_plan(path: str | Path, quant: QuantConfig | None = None, device: Device | None = None) -> Plan:
-    """Read ``plan.json``, and refuse one made for other weights than ``quant`` or another GPU than ``device``, where given.
+    """Read ``plan.json``, and refuse one made for other weights than ``quant`` or another GPU than ``device``, where
+    given.
 
     Without a GPU ``device`` is None and any plan serves: a CPU ignores n_tb, and quality depends on k_chunk alone.
     """
@@ -108,14 +112,17 @@ def load_plan(path: str | Path, quant: QuantConfig | None = None, device: Device
     try:
         plan = _plan(content)
     except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: expected a complete plan, got one that cannot be read ({error}); tune again") from None
+        raise UserError(f"{path}: expected a complete plan, got one that cannot be read ({error}); "
+                        "tune again") from None
     if not plan.tuned:
         raise UserError(f"{path}: holds no tuned target; tune again")
     if quant is not None and plan.weights_hash != quant.weights_hash:
         raise UserError(f"{path}: tuned for weights {plan.weights_hash} of {plan.model}, "
-                        f"but the folder's are {quant.weights_hash} of {quant.base_model}; run the autotuner on this folder")
+                        f"but the folder's are {quant.weights_hash} of {quant.base_model}; "
+                        "run the autotuner on this folder")
     if device is not None and plan.device != device:
-        raise UserError(f"{path}: tuned for {_words(plan.device)}, but this is {_words(device)}; run the autotuner here")
+        raise UserError(f"{path}: tuned for {_words(plan.device)}, but this is {_words(device)}; "
+                        "run the autotuner here")
     return plan
 
 
