@@ -98,7 +98,7 @@ def ninja_file(output: Path, objects: Path) -> str:
     nvcc = find_nvcc()
     lib = Path(torch.__file__).parent / "lib"
     cxx = os.environ.get("CXX", "g++")
-    includes = " ".join([argument("-I", CSRC)] + [argument("-isystem", path) for path in include_paths()])
+    includes = " ".join([argument("-I", CSRC)] + [argument("-I", path) for path in include_paths()])
     common = f"-O3 -std=c++20 -DTORCH_TARGET_VERSION={TARGET_VERSION} {includes}"
     cpu_arch = os.environ.get("DECDEC_CPU_ARCH", "native")
     cxxflags = f"{common} -fPIC -fvisibility=hidden -Wall -Wextra"

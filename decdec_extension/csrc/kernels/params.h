@@ -1,0 +1,97 @@
+// What the launchers take: plain pointers and sizes, no torch. Meanings, layouts and shapes are those of decdec/ops.py.
+
+#pragma once
+
+#include <cstdint>
+
+namespace decdec::cuda {
+
+enum class Format : int { kCodebook, kUniform };
+
+constexpr int kMaxBatch = 8;
+constexpr int kTileRows = 16;
+constexpr int kUnitInputs = 64;
+constexpr int kChunk = 1024;
+constexpr int kBuckets = 32;
+constexpr int kWarps = 8;  // of every block of the GEMV kernels
+constexpr int kThreads = 32 * kWarps;
+constexpr int kBatchUnits = 4;                // units a warp copies and multiplies at a time
+// Bytes of a buffer's side data: a row tile's codebook and scales, or the scales and zero points of a batch of units.
+constexpr int side_bytes(Format format, int bits) {
+  return format == Format::kCodebook ? kTileRows * ((2 << bits) + 4) : kBatchUnits * kUnitInputs / 32 * 4 * kTileRows;
+}
+constexpr int kUnitBytes = 192;               // of the activations' digits of a unit of one batch row (activations.cuh)
+constexpr int kUnitSumBytes = 16;             // and of their sums
+constexpr int kSumStride = kThreads + 1;      // of a fetching block's sums: neighbouring outputs lie in different banks
+constexpr int kMaxFetchBlocks = 4096;          // more have no slice of their own
+constexpr int kMaxValues = 8192;              // of selected channels that a fetching block keeps; more are read again
+
+// Shared memory of a fetching block: sums, and the selected channels with their values.
+constexpr int fetch_bytes(int selected) {
+  return 32 * kSumStride * 4 + (selected <= kMaxValues ? 4 * selected : 0) + 2 * selected;
+}
+constexpr int kMaxInputs = 1 << 16;  // a selected channel is a 16-bit number in shared memory; 65535 marks an empty place
+
+// 16-bit vectors of the caller: activations, bias, outputs.
+enum class Dtype : int { kHalf, kBfloat16, kFloat };
+
+// Base weights of a (d_out, d_in) matrix in the tile layout of decdec/packing.py.
+struct Weights {
+  const uint32_t* qweight;
+  const int16_t* codebook;  // (d_out, 2**bits), codebook weights
+  const float* scale;       // (d_out,), codebook weights
+  const uint16_t* scales;   // float16 (groups, d_out), uniform weights
+  const uint16_t* zeros;
+  int group_size;
+  int d_out;
+  int d_in;
+};
+
+// How a launch is cut; made by plan_gemv, the same numbers for host and device.
+struct GemvPlan {
+  int blocks;          // base blocks: row tile b, b + blocks, ... belong to block b
+  int panels;          // the inputs are multiplied panel by panel, so that a panel's activations fit in shared memory
+  int units_per_warp;  // inputs of a warp in one panel, in units of 64
+  int stages;          // weight buffers of a warp
+  int early;           // 1: launched so that it may start before the kernel ahead of it has ended
+  int weights_first;   // 1: the first weights are copied before the activations
+  int generic;         // uniform weights whose groups the tensor-core path does not serve
+  // Offsets in dynamic shared memory, bytes.
+  int x_sums;
+  int ring;
+  int partials;
+  int carry;
+  int barriers;
+  int bytes;
+};
+
+// The residual and its selection.
+struct Compensation {
+  const uint8_t* residual;         // (d_in, row_bytes), GPU memory or mapped host memory
+  const uint16_t* residual_scale;  // float16 (groups, d_out)
+  const float* center;             // (d_in,) or null
+  uint64_t* workspace;             // (batch, d_out), all zero between calls
+  int64_t row_bytes;
+  int bits;
+  int groups;
+  int group_size;                  // inputs that share a row of residual_scale
+  int nested;
+  int k_chunk;
+  int selected;         // channels of one row: all chunks' counts
+  int n_tb;             // blocks that compensate
+  int buckets;          // 1: the paper's selection by `floors`, 0: exact
+  float floors[kBuckets];
+};
+
+struct GemvParams {
+  Weights weights;
+  const void* x;     // (batch, d_in)
+  const void* bias;  // (d_out,) or null
+  void* out;         // (batch, d_out)
+  int batch;
+  Dtype dtype;
+  GemvPlan plan;
+  Compensation compensation;  // n_tb = 0: base GEMV alone
+};
+
+}  // namespace decdec::cuda

@@ -1,0 +1,150 @@
+// The few machine instructions that CUDA C++ has no name for, and conversions of the caller's 16-bit numbers.
+
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "params.h"
+
+namespace decdec::cuda {
+
+// Four bytes picked from the eight of (a, b) by the nibbles of `selector`; a nibble's top bit repeats the picked byte's sign.
+__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+  return d;
+}
+
+// d (16 x 8, int32) += a (16 x 32, signed or unsigned bytes) * b (32 x 8, signed bytes), exact.
+template <bool kSigned>
+__device__ __forceinline__ void mma(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (kSigned) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// 2**n for -126 <= n <= 127.
+__device__ __forceinline__ float power_of_two(int n) { return __int_as_float((n + 127) << 23); }
+
+__device__ __forceinline__ float to_float(uint16_t bits, Dtype dtype) {
+  return dtype == Dtype::kHalf ? __half2float(__ushort_as_half(bits)) : __uint_as_float(uint32_t{bits} << 16);
+}
+
+__device__ __forceinline__ float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+
+// Element i of a vector of the caller's.
+__device__ __forceinline__ float load_element(const void* vector, int64_t i, Dtype dtype) {
+  return to_float(static_cast<const uint16_t*>(vector)[i], dtype);
+}
+
+__device__ __forceinline__ void store_element(void* vector, int64_t i, Dtype dtype, float value) {
+  if (dtype == Dtype::kFloat) {
+    static_cast<float*>(vector)[i] = value;
+  } else if (dtype == Dtype::kHalf) {
+    static_cast<__half*>(vector)[i] = __float2half_rn(value);
+  } else {
+    static_cast<__nv_bfloat16*>(vector)[i] = __float2bfloat16_rn(value);
+  }
+}
+
+// Four neighbouring elements of a caller's vector.
+__device__ __forceinline__ float4 unpack_four(uint2 v, Dtype dtype) {
+  return {to_float(v.x & 0xffff, dtype), to_float(v.x >> 16, dtype), to_float(v.y & 0xffff, dtype),
+          to_float(v.y >> 16, dtype)};
+}
+
+// 1, 2 or 4 words that are read once, past the L1 cache.
+template <int kWords>
+__device__ __forceinline__ void load_streaming(uint32_t (&d)[kWords], const void* p) {
+  if constexpr (kWords == 4) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "l"(p));
+  } else if constexpr (kWords == 2) {
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(d[0]), "=r"(d[1]) : "l"(p));
+  } else {
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(d[0]) : "l"(p));
+  }
+}
+
+// A kernel launched with programmatic serialization may start before the one ahead of it in the stream has ended: it must
+// wait before it reads what that one wrote, or writes what that one reads. Weights are constant and need no waiting.
+__device__ __forceinline__ void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_last_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Asynchronous copies of 4, 8 or 16 bytes into shared memory; with `wanted` false the bytes become 0 and nothing is read.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool wanted = true) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+               ::"r"(uint32_t(__cvta_generic_to_shared(shared))), "l"(global), "n"(kBytes), "r"(wanted ? kBytes : 0)
+               : "memory");
+}
+
+// The barrier of one of a warp's buffers. A phase ends when the bytes of one copy_bulk and all copies that the warp's lanes
+// made before their arrive_copies are there.
+struct BufferBarrier {
+  uint32_t address;
+
+  __device__ explicit BufferBarrier(const uint64_t* barrier) : address(__cvta_generic_to_shared(barrier)) {}
+
+  // By one lane, before any copy; the warp synchronises afterwards.
+  __device__ void init() const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.init.shared.b64 [%0], 33;" ::"r"(address) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#else
+    asm volatile("mbarrier.init.shared.b64 [%0], 32;" ::"r"(address) : "memory");
+#endif
+  }
+
+  // By the whole warp: `bytes`, a multiple of 16. From Hopper on the bulk copy engine takes them.
+  __device__ void copy_bulk(void* shared, const void* global, uint32_t bytes, int lane) const {
+    const uint32_t to = __cvta_generic_to_shared(shared);
+#if __CUDA_ARCH__ >= 900
+    if (lane == 0) {
+      asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                   ::"r"(to), "l"(global), "r"(bytes), "r"(address) : "memory");
+    }
+#else
+    for (uint32_t i = 16 * lane; i < bytes; i += 16 * 32) {
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                   ::"r"(to + i), "l"(static_cast<const char*>(global) + i) : "memory");
+    }
+#endif
+  }
+
+  __device__ void arrive_copies() const {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address) : "memory");
+  }
+
+  __device__ void wait(uint32_t parity) const {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+#if __CUDA_ARCH__ >= 900
+        "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+#else
+        "mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
+#endif
+        "@!done bra again;\n"
+        "}\n" ::"r"(address), "r"(parity) : "memory");
+  }
+};
+
+}  // namespace decdec::cuda

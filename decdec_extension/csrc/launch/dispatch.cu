@@ -1,0 +1,124 @@
+#include <cuda.h>
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+#include "launch.h"
+
+namespace decdec::cuda {
+
+template <Format kFormat, int kBits>
+void launch_gemv_format(const GemvParams& params, int shared_bytes, cudaStream_t stream);
+template <Format kFormat, int kBits>
+void launch_dequantize_format(const Weights& weights, void* out, Dtype dtype, cudaStream_t stream);
+
+namespace {
+
+struct Instance {
+  Format format;
+  int bits;
+  void (*gemv)(const GemvParams&, int, cudaStream_t);
+  void (*dequantize)(const Weights&, void*, Dtype, cudaStream_t);
+};
+
+template <Format kFormat, int kBits>
+constexpr Instance instance() {
+  return {kFormat, kBits, launch_gemv_format<kFormat, kBits>, launch_dequantize_format<kFormat, kBits>};
+}
+
+constexpr Instance kInstances[] = {
+    instance<Format::kCodebook, 2>(), instance<Format::kCodebook, 3>(), instance<Format::kCodebook, 4>(),
+    instance<Format::kUniform, 2>(),  instance<Format::kUniform, 3>(),  instance<Format::kUniform, 4>(),
+};
+
+const Instance& find(Format format, int bits) {
+  for (const Instance& i : kInstances) {
+    if (i.format == format && i.bits == bits) return i;
+  }
+  throw std::runtime_error("decdec: no CUDA kernel for " + std::to_string(bits) + "-bit weights");
+}
+
+// The SMs that the current context may use, where the driver can tell (12.4 and later); else all.
+int context_sms(int all) {
+  static const auto get = [] {
+    void* f = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    if (cudaGetDriverEntryPointByVersion("cuCtxGetDevResource", &f, 12040, cudaEnableDefault, &found) != cudaSuccess) {
+      cudaGetLastError();
+      f = nullptr;
+    }
+    return reinterpret_cast<CUresult (*)(CUcontext, CUdevResource*, CUdevResourceType)>(f);
+  }();
+  static const auto current = [] {
+    void* f = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    if (cudaGetDriverEntryPointByVersion("cuCtxGetCurrent", &f, 12000, cudaEnableDefault, &found) != cudaSuccess) {
+      cudaGetLastError();
+      f = nullptr;
+    }
+    return reinterpret_cast<CUresult (*)(CUcontext*)>(f);
+  }();
+  CUcontext context = nullptr;
+  CUdevResource resource{};
+  if (get == nullptr || current == nullptr || current(&context) != CUDA_SUCCESS || context == nullptr ||
+      get(context, &resource, CU_DEV_RESOURCE_TYPE_SM) != CUDA_SUCCESS) {
+    return all;
+  }
+  return static_cast<int>(resource.sm.smCount);
+}
+
+}  // namespace
+
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // not left for the next caller to find
+  throw std::runtime_error(std::string("decdec: ") + what + ": " + cudaGetErrorString(status));
+}
+
+Device current_device() {
+  int index = 0;
+  check(cudaGetDevice(&index), "current device");
+  static std::mutex mutex;
+  static std::map<int, Device> known;
+  Device device;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    auto [at, is_new] = known.try_emplace(index);
+    if (is_new) {
+      int major = 0;
+      check(cudaDeviceGetAttribute(&at->second.sms, cudaDevAttrMultiProcessorCount, index), "SMs");
+      check(cudaDeviceGetAttribute(&at->second.shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index),
+            "shared memory of an SM");
+      check(cudaDeviceGetAttribute(&at->second.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
+            "shared memory of a block");
+      check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "compute capability");
+      at->second.early_launch = major >= 9;
+    }
+    device = at->second;
+  }
+  device.sms = context_sms(device.sms);
+  return device;
+}
+
+void launch_gemv(Format format, int bits, GemvParams& params, cudaStream_t stream) {
+  const Instance& instance = find(format, bits);
+  const Device device = current_device();
+  Compensation& c = params.compensation;
+  params.plan = plan_gemv(device, format, bits, params.weights, params.batch, c.n_tb);
+  int bytes = params.plan.generic ? 0 : params.plan.bytes;
+  if (c.n_tb > 0) bytes = std::max(bytes, fetch_bytes(c.selected));
+  if (bytes > device.shared_per_block) {
+    throw std::runtime_error("decdec: so many selected channels need " + std::to_string(bytes) +
+                             " bytes of shared memory, the device has " + std::to_string(device.shared_per_block));
+  }
+  instance.gemv(params, bytes, stream);
+}
+
+void launch_dequantize(Format format, int bits, const Weights& weights, void* out, Dtype dtype, cudaStream_t stream) {
+  find(format, bits).dequantize(weights, out, dtype, stream);
+}
+
+}  // namespace decdec::cuda

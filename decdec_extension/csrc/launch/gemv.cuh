@@ -1,0 +1,46 @@
+// The launcher of one format and width; each is instantiated in a file of its own.
+
+#pragma once
+
+#include "../kernels/dequantize.cuh"
+#include "../kernels/fused.cuh"
+#include "launch.h"
+
+namespace decdec::cuda {
+
+template <Format kFormat, int kBits, int kRowPairs>
+void launch_gemv_rows(const GemvParams& params, int shared_bytes, cudaStream_t stream) {
+  const auto kernel = gemv_kernel<kFormat, kBits, kRowPairs>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "shared memory of the GEMV");
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = params.plan.blocks + params.compensation.n_tb;
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = params.plan.early ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, params), "launch of the GEMV");
+}
+
+// One width of one format: adding one is a line here, a line in dispatch.cu and a file.
+template <Format kFormat, int kBits>
+void launch_gemv_format(const GemvParams& params, int shared_bytes, cudaStream_t stream) {
+  if (params.batch <= 2) {
+    launch_gemv_rows<kFormat, kBits, 1>(params, shared_bytes, stream);
+  } else {
+    launch_gemv_rows<kFormat, kBits, kMaxBatch / 2>(params, shared_bytes, stream);
+  }
+}
+
+template <Format kFormat, int kBits>
+void launch_dequantize_format(const Weights& w, void* out, Dtype dtype, cudaStream_t stream) {
+  const int64_t units = int64_t{(w.d_in + kUnitInputs - 1) / kUnitInputs} * ((w.d_out + kTileRows - 1) / kTileRows);
+  constexpr int kBlock = 256;
+  dequantize_kernel<kFormat, kBits><<<unsigned((units * 32 + kBlock - 1) / kBlock), kBlock, 0, stream>>>(w, out, dtype);
+  check(cudaGetLastError(), "launch of the dequantization");
+}
+
+}  // namespace decdec::cuda

@@ -1,0 +1,35 @@
+// Launchers of the kernels: plain params and a stream. They throw std::runtime_error where CUDA refuses.
+
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../kernels/params.h"
+#include "plan.h"
+
+namespace decdec::cuda {
+
+// Throws with CUDA's own words if `status` is an error.
+void check(cudaError_t status, const char* what);
+
+// Facts of the device that is current; its SMs are those of the current context where that is a green one.
+Device current_device();
+
+// Base GEMV, compensated where params.compensation.n_tb > 0; fills params.plan. For n_tb see limit_blocks.
+void launch_gemv(Format format, int bits, GemvParams& params, cudaStream_t stream);
+
+// out: (d_out, d_in) of dtype.
+void launch_dequantize(Format format, int bits, const Weights& weights, void* out, Dtype dtype, cudaStream_t stream);
+
+// out: (d_in, d_out) of dtype.
+void launch_residual_dequantize(const Compensation& c, int d_in, int d_out, void* out, Dtype dtype, cudaStream_t stream);
+
+// indices: (batch, c.selected).
+void launch_select(const void* x, int batch, int d_in, Dtype dtype, const Compensation& c, int32_t* indices,
+                   cudaStream_t stream);
+
+// out: (batch, d_out) of dtype; c.selected channels a row.
+void launch_residual_gemv(const void* x, int batch, int d_in, int d_out, Dtype dtype, const Compensation& c,
+                          const int32_t* indices, void* out, cudaStream_t stream);
+
+}  // namespace decdec::cuda

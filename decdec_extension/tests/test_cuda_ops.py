@@ -1,0 +1,304 @@
+"""The CUDA ops against the fp32 reference and float64 products, and against the CPU ops, over random and awkward cases.
+
+Outputs are poisoned: the allocator's free memory is filled with NaN before each call, the workspace must be all zero after it.
+``DECDEC_CASES`` sets the number of random cases.
+"""
+
+import os
+import random
+
+import pytest
+import torch
+
+from decdec import ops, reference
+
+pytestmark = pytest.mark.skipif(not (torch.cuda.is_available() and torch.ops.decdec.has_cuda()), reason="needs a CUDA GPU")
+DTYPES = (torch.float16, torch.bfloat16)
+CASES = int(os.environ.get("DECDEC_CASES", "300"))
+
+
+def cuda(value):
+    """Tensors of a tuple on the GPU, the rest as it is."""
+    if isinstance(value, tuple):
+        return tuple(cuda(item) for item in value)
+    return value.cuda() if isinstance(value, torch.Tensor) else value
+
+
+def poison(elements=1 << 20):
+    """Leave NaN in the memory that the next outputs are made of."""
+    blocks = [torch.full((size,), torch.nan, device="cuda") for size in (64, 4096, elements)]
+    del blocks
+
+
+def gemv(form):
+    return ops.codebook_gemv if form == "codebook" else ops.uniform_gemv
+
+
+def compensated(form):
+    return ops.codebook_gemv_compensated if form == "codebook" else ops.uniform_gemv_compensated
+
+
+def assert_as_good(out, bias, *terms):
+    """Twice the error of PyTorch's own product in the same precision, one rounding of the output and half a float32 rounding of
+    the sum of all |terms| besides, for where PyTorch is lucky."""
+    dtype = out.dtype
+    truth = sum(x.double() @ dense for x, dense in terms)
+    pytorch = sum(x.to(dtype) @ dense.to(dtype) for x, dense in terms)
+    magnitude = sum(x.double().abs() @ dense.abs() for x, dense in terms)
+    if bias is not None:
+        truth, pytorch = truth + bias.double(), pytorch + bias
+    assert out.shape == truth.shape and out.isfinite().all()
+    error, allowed = ((result.double() - truth).abs().max() for result in (out, pytorch))
+    slack = torch.finfo(dtype).eps * truth.abs().max() + 2**-20 * magnitude.max()
+    assert error <= 2 * allowed + slack, f"error {error:.3g}, PyTorch's {allowed:.3g}, slack {slack:.3g}"
+
+
+def masked(x, indices, center=None):
+    """``x - center`` in float64 at the selected channels, 0 elsewhere."""
+    x = x.double() if center is None else (x.float() - center).double()
+    mask = torch.zeros_like(x, dtype=torch.bool)
+    for row, chosen in enumerate(indices.long()):
+        mask[row, chosen[chosen >= 0]] = True
+    return torch.where(mask, x, 0)
+
+
+def random_case(draw, make_base, make_residual):
+    """One random compensated GEMV, checked; returns what it was."""
+    form = draw.choice(("codebook", "uniform"))
+    d_in = draw.choice((1, 8, 63, 64, 200, 576, 1000, 1024, 1032, 2048, 2500, 4096, 5120))
+    d_out = draw.choice((1, 2, 15, 16, 17, 50, 192, 577, 1024))
+    bits, batch, dtype = draw.choice((2, 3, 4)), draw.randint(1, 8), draw.choice(DTYPES)
+    sizes = [size for size in (d_in, 5, 16, 32, 64, 96, 128, 256, 512) if d_in % size == 0]
+    group_size = draw.choice(sizes)
+    residual_bits, nested = draw.choice((1, 2, 4, 4, 8, 16)), draw.random() < 0.3
+    groups = d_in // draw.choice(sizes) if draw.random() < 0.4 else 1
+    k_chunk, n_tb = draw.choice((0, 1, 3, 8, 32, 100, 1024)), draw.choice((1, 2, 8, 16, 100, 300, 5000))
+    limits = draw.choice(((None, None), (3.5, 2.0), (1.0, 1.0)))
+    what = dict(form=form, d_in=d_in, d_out=d_out, bits=bits, batch=batch, dtype=dtype, group_size=group_size, k_chunk=k_chunk,
+                residual_bits=residual_bits, nested=nested, groups=groups, n_tb=n_tb, limits=limits)
+    base = make_base(form, d_in, d_out, bits, group_size)
+    residual = make_residual(d_in, d_out, residual_bits, groups, nested)
+    x = (torch.randn(batch, d_in) * draw.choice((1e-4, 1.0, 30.0))).to(dtype).cuda()
+    if draw.random() < 0.3:
+        x[:, draw.randrange(d_in)] *= 50  # an outlier channel
+    bias = torch.randn(d_out).to(dtype).cuda() if draw.random() < 0.5 else None
+    center = torch.randn(d_in).cuda() if draw.random() < 0.3 else None
+    workspace = torch.zeros(8 * d_out * batch, dtype=torch.uint8, device="cuda") if draw.random() < 0.7 else None
+    poison()
+    out = compensated(form)(x, *cuda(base.args), bias, *cuda(residual.args), k_chunk, *limits, center, n_tb, workspace)
+    indices = ops.select_channels(x, k_chunk, *limits, center)
+    try:
+        assert workspace is None or not workspace.any(), "workspace not zero"
+        assert torch.equal(indices.cpu(), reference.select_channels(x.cpu(), k_chunk, *limits, None if center is None else center.cpu()))
+        assert_as_good(out, bias, (x, base.dense.t().cuda()), (masked(x, indices, center), residual.dense.cuda()))
+    except AssertionError as error:
+        raise AssertionError(f"{what}: {error}") from error
+
+
+def test_random_cases(make_base, make_residual):
+    draw = random.Random(int(os.environ.get("DECDEC_SEED", "0")))
+    for _ in range(CASES):
+        random_case(draw, make_base, make_residual)
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4))
+@pytest.mark.parametrize("d_in, d_out", ((1, 1), (63, 15), (576, 192), (1025, 17), (2500, 576)))
+def test_dequantize_is_exact(make_base, d_in, d_out, bits):
+    for dtype in (*DTYPES, torch.float32):
+        for form in ("codebook", "uniform"):
+            base = make_base(form, d_in, d_out, bits, next(size for size in (64, 41, 50, 1) if d_in % size == 0))
+            op = ops.codebook_dequantize if form == "codebook" else ops.uniform_dequantize
+            expected = (reference.codebook_dequantize if form == "codebook" else reference.uniform_dequantize)(*base.args, d_in, dtype)
+            poison()
+            assert torch.equal(op(*cuda(base.args), d_in, dtype).cpu(), expected)
+
+
+@pytest.mark.parametrize("nested", (False, True))
+@pytest.mark.parametrize("bits", (1, 2, 4, 8, 16))
+def test_residual_dequantize_is_exact(make_residual, bits, nested):
+    for d_in, d_out, groups in ((1, 1, 1), (6, 15, 3), (40, 17, 1), (64, 192, 4), (30, 577, 30)):
+        residual = make_residual(d_in, d_out, bits, groups, nested)
+        for dtype in (*DTYPES, torch.float32):
+            poison()
+            expected = reference.residual_dequantize(*residual.args, d_out, dtype)
+            assert torch.equal(ops.residual_dequantize(*cuda(residual.args), d_out, dtype).cpu(), expected)
+
+
+@pytest.mark.parametrize("form", ("codebook", "uniform"))
+@pytest.mark.parametrize("d_in, d_out", ((4096, 4096), (14336, 1040), (28672, 272), (32768, 48), (3584, 4608)))
+def test_layers_of_models(make_base, d_in, d_out, form):
+    for bits, batch, dtype in ((3, 1, torch.float16), (4, 8, torch.bfloat16), (2, 3, torch.float16)):
+        base = make_base(form, d_in, d_out, bits, 128)
+        x = torch.randn(batch, d_in, device="cuda").to(dtype)
+        poison()
+        assert_as_good(gemv(form)(x, *cuda(base.args)), None, (x, base.dense.t().cuda()))
+
+
+@pytest.mark.parametrize("boundaries", ((None, None), (3.5, 2.0), (2.0, 2.0), (0.0, 0.0), (100.0, 1e-3)))
+@pytest.mark.parametrize("k_chunk", (0, 1, 8, 100, 1024))
+def test_selection_is_exact(k_chunk, boundaries):
+    for d_in in (1, 63, 1000, 1024, 1025, 2500, 8192):
+        for dtype in DTYPES:
+            x = torch.randn(5, d_in).to(dtype)
+            x[1] = (x[1] * 2).round() / 2  # many ties
+            x[2] *= torch.finfo(dtype).tiny  # denormal
+            x[3, ::3], x[4, 5:1020] = torch.nan, -torch.inf
+            for center in (None, torch.randn(d_in)):
+                out = ops.select_channels(x.cuda(), k_chunk, *boundaries, cuda(center))
+                assert torch.equal(out.cpu(), reference.select_channels(x, k_chunk, *boundaries, center))
+
+
+@pytest.mark.parametrize("nested", (False, True))
+@pytest.mark.parametrize("bits", (1, 2, 4, 8, 16))
+def test_residual_gemv(make_residual, bits, nested):
+    for d_in, d_out, k, groups in ((1, 1, 1, 1), (63, 15, 8, 1), (576, 192, 60, 9), (2500, 33, 300, 1), (8, 577, 0, 2)):
+        residual = make_residual(d_in, d_out, bits, groups, nested)
+        for dtype in DTYPES:
+            x, center = torch.randn(3, d_in).to(dtype).cuda(), torch.randn(d_in).cuda()
+            indices = torch.stack([torch.randperm(d_in)[:k] for _ in range(3)]).to(torch.int32)
+            indices[1:, k // 2:] = -1
+            for given in (None, center):
+                poison()
+                out = ops.residual_gemv(x, indices.cuda(), *cuda(residual.args), d_out, given)
+                assert_as_good(out, None, (masked(x, indices.cuda(), given), residual.dense.cuda()))
+
+
+@pytest.mark.parametrize("form, bits, group_size", (("codebook", 3, None), ("codebook", 4, None), ("uniform", 4, 64), ("uniform", 3, 24)))
+def test_nan_and_inf_give_what_the_base_formula_gives(make_base, make_residual, form, bits, group_size):
+    d_in, d_out = 1536, 64
+    base, residual = make_base(form, d_in, d_out, bits, group_size), make_residual(d_in, d_out, 4)
+    if form == "codebook":
+        base.args[1][:8] = 0  # rows of zero weights: 0 * Inf is NaN
+    for dtype in DTYPES:
+        x = torch.randn(5, d_in).to(dtype)
+        x[1, 7], x[2, 1200], x[3, 3], x[3, 900] = torch.nan, torch.inf, torch.inf, -torch.inf
+        expected = getattr(reference, f"{form}_gemv_compensated")(x, *base.args, None, *residual.args, 8).cuda()
+        out = compensated(form)(x.cuda(), *cuda(base.args), None, *cuda(residual.args), 8)
+        assert torch.equal(out.isnan(), expected.isnan())
+        assert torch.equal(out[2:4][out[2:4].isinf()], expected[2:4][expected[2:4].isinf()])
+        assert torch.allclose(out[::4], expected[::4], rtol=2e-2, atol=2e-2 * float(expected[::4].abs().max()))
+
+
+def layer_call(make_base, make_residual, d_in=2048, d_out=512, batch=1):
+    base, residual = make_base("codebook", d_in, d_out, 3), make_residual(d_in, d_out, 4)
+    args, rest = cuda(base.args), cuda(residual.args)
+    workspace = torch.zeros(8 * d_out * batch, dtype=torch.uint8, device="cuda")
+    return lambda x, space=workspace: compensated("codebook")(x, *args, None, *rest, 16, n_tb=4, workspace=space)
+
+
+def test_same_inputs_same_bits(make_base, make_residual):
+    call = layer_call(make_base, make_residual)
+    x = torch.randn(1, 2048, device="cuda").half()
+    first = call(x)
+    assert all(torch.equal(call(x), first) for _ in range(300))
+
+
+def test_a_row_is_the_same_in_any_batch(make_base, make_residual):
+    call = layer_call(make_base, make_residual, batch=2)
+    x = torch.randn(2, 2048, device="cuda").half()
+    together = call(x)
+    assert all(torch.equal(call(x[row:row + 1])[0], together[row]) for row in range(2))
+
+
+def test_graph_capture(make_base, make_residual):
+    call = layer_call(make_base, make_residual)
+    x = torch.randn(1, 2048, device="cuda").half()
+    call(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chained = call(x)
+        out = call(torch.cat([chained, chained.neg(), chained, chained], dim=1))
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        first = call(x)
+        assert torch.equal(out, call(torch.cat([first, first.neg(), first, first], dim=1)))
+
+
+def test_two_streams(make_base, make_residual):
+    call = layer_call(make_base, make_residual)
+    inputs = [torch.randn(1, 2048, device="cuda").half() for _ in range(2)]
+    expected = [call(x) for x in inputs]
+    spaces = [torch.zeros(8 * 512, dtype=torch.uint8, device="cuda") for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    results = [[], []]
+    for _ in range(100):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                results[i].append(call(inputs[i], spaces[i]))
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected[i]) for i in range(2) for out in results[i])
+
+
+def test_dependent_calls_in_a_row(make_base):
+    """A kernel may start before the one ahead of it has ended: each must still see the other's output."""
+    base = make_base("codebook", 1024, 1024, 3)
+    args = (*cuda(base.args)[:2], cuda(base.args)[2] * 0.02)
+    x = start = torch.randn(1, 1024, device="cuda").half()
+    outs = []
+    for _ in range(50):
+        x = ops.codebook_gemv(x, *args)
+        outs.append(x)
+    again = start
+    for out in outs:
+        again = ops.codebook_gemv(again, *args)
+        torch.cuda.synchronize()
+        assert torch.equal(again, out)
+
+
+def test_compile_fullgraph(make_base, make_residual):
+    call = layer_call(make_base, make_residual)
+    x = torch.randn(1, 2048, device="cuda").half()
+    compiled = torch.compile(lambda x: call(x * 2) + 1, fullgraph=True)
+    assert torch.allclose(compiled(x), call(x * 2) + 1, rtol=1e-2, atol=1e-2)
+
+
+def test_cpu_and_cuda_agree(make_base, make_residual):
+    for form in ("codebook", "uniform"):
+        base, residual = make_base(form, 1536, 576, 4, 64), make_residual(1536, 576, 4)
+        x = torch.randn(3, 1536).half()
+        on_cpu = compensated(form)(x, *base.args, None, *residual.args, 8)
+        on_gpu = compensated(form)(x.cuda(), *cuda(base.args), None, *cuda(residual.args), 8).cpu()
+        assert torch.allclose(on_cpu, on_gpu, rtol=4e-3, atol=2e-3 * float(on_cpu.abs().max()))
+
+
+def test_mistakes_are_named(make_base, make_residual):
+    base, residual = make_base("codebook", 128, 40, 3), make_residual(128, 40, 4)
+    args, rest = cuda(base.args), cuda(residual.args)
+    x = torch.randn(1, 128, device="cuda").half()
+    call = compensated("codebook")
+    for mistake, name in ((lambda: call(x.float(), *args, None, *rest, 8), "x"),
+                          (lambda: call(x.expand(9, 128).contiguous(), *args, None, *rest, 8), "x"),
+                          (lambda: call(x, base.args[0], *args[1:], None, *rest, 8), "qweight"),
+                          (lambda: call(x, *args, None, *rest, 8, workspace=torch.zeros(8, dtype=torch.uint8, device="cuda")), "workspace"),
+                          (lambda: call(x, *args, None, *rest, 1025), "k_chunk"),
+                          (lambda: call(x, *args, None, residual.args[0], *rest[1:], 8), "residual")):
+        with pytest.raises(RuntimeError, match=f"codebook_gemv_compensated: {name}: expected .*, got "):
+            mistake()
+
+
+def test_arena_rows_are_read_over_the_link_and_keep_their_memory(make_base, make_residual):
+    from decdec import arena
+
+    base, residual = make_base("codebook", 2048, 512, 3), make_residual(2048, 512, 4)
+    x = torch.randn(1, 2048, device="cuda").half()
+    pinned = arena.pin([residual.args[0], residual.args[0].flip(0)])
+    assert all(rows.is_cuda and rows.dtype == torch.uint8 for rows in pinned)
+    rows = pinned[0]
+    del pinned
+    scale = cuda(residual.args[1])
+    on_gpu = compensated("codebook")(x, *cuda(base.args), None, *cuda(residual.args), 16)
+    assert torch.equal(compensated("codebook")(x, *cuda(base.args), None, rows, scale, 4, False, 16), on_gpu)
+    assert torch.equal(rows.cpu(), residual.args[0])
+    assert not any(tensor.any() for tensor in arena.pinned_rows([(3, 16), (5, 4096)]))
+
+
+def test_arena_says_when_memory_is_short():
+    from decdec import arena
+    from decdec.errors import UserError
+
+    with pytest.raises(UserError, match="residuals: expected at most .* GB.*, got 9000.00 GB"):
+        arena.pinned_rows([(9_000_000, 1_000_000)])
+    with pytest.raises(UserError, match="could not be pinned"):
+        arena.pinned_rows([(2**40, 2**20)], check_memory=False)
