@@ -51,7 +51,10 @@ class Producer:
 @torch.no_grad()
 def quantize_blocks(runner: BlockRunner, bits: Sequence[int], group_size: int,
                     todo: set[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Yield ``(block, packed tensors and scale vectors)`` for the blocks in ``todo``, first block first; ``bits`` counts by block."""
+    """Yield ``(block, packed tensors and scale vectors)`` for the blocks in ``todo``, first block first.
+
+    ``bits`` counts by block.
+    """
     hidden = runner.embed()
     for index in tqdm(range(max(todo) + 1), desc="AWQ", unit="block"):
         block = runner.copy_block(index)

@@ -136,7 +136,7 @@ def check_dense(model: nn.Module) -> None:
     prefix, blocks = decoder_blocks(model)
     for name, parameter in blocks.named_parameters():
         if parameter.dim() > 2:
-            raise UserError(f"model: {prefix}.{name} stacks the weights of several experts; mixtures of experts are not supported")
+            raise UserError(f"model: {prefix}.{name} stacks the weights of experts; mixtures of experts are not supported")
     for name, module in blocks.named_modules():
         if name and isinstance(module, nn.ModuleList) and any(isinstance(part, nn.Linear) for part in module.modules()):
             raise UserError(f"model: {prefix}.{name} is a list of expert layers; mixtures of experts are not supported")

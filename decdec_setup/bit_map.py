@@ -1,4 +1,7 @@
-"""The bits of every decoder block of a model between two bit widths: ``{"format": "decdec.bit_map", "version": 1, "bits": [...]}``."""
+"""The bits of every decoder block of a model between two bit widths, as a JSON file.
+
+``{"format": "decdec.bit_map", "version": 1, "bits": [4, 3, ...]}``, and what the choice rests on.
+"""
 
 from math import ceil, floor
 from pathlib import Path

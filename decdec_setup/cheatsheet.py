@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,13 +24,14 @@ from decdec.residual import pack_layer
 
 from base_model import BaseModel
 from folder import local_folder
+from quantized_blocks import QuantizedBlocks
 from scaling import read_scaling, scaled_state
 
 LAYOUTS = ("decdec", "original")
 
 
 def make_cheatsheet(folder: str | Path, model: str | None = None, bits: int = 4, nested: bool = False, layout: str = "decdec",
-                    out: str | Path | None = None) -> Path | None:
+                    out: str | Path | None = None, device: str = "cpu") -> Path | None:
     """Write the cheatsheet of a folder made by quantize.py; returns its path, None if it was there already."""
     _check(bits, nested, layout)
     folder = Path(folder)
@@ -42,7 +42,8 @@ def make_cheatsheet(folder: str | Path, model: str | None = None, bits: int = 4,
     if layout == "decdec" and _is_there(out, quant, bits, nested):
         return None
     base = BaseModel(local_folder(model or original_of(folder, quant.base_model)))
-    return _write(out, _packed_layers(folder, quant, base, nested), len(base.linears()), quant, bits, nested, layout, base.prefix)
+    return _write(out, _packed_layers(folder, base, nested, device), len(base.linears()), quant, bits, nested, layout,
+                  base.prefix)
 
 
 def make_from_two_folders(original: str, quantized: str, out: str | Path, bits: int = 4, layout: str = "decdec") -> Path:
@@ -55,7 +56,7 @@ def make_from_two_folders(original: str, quantized: str, out: str | Path, bits: 
             raise UserError(f"quantized: {quantized}: expected {name} of shape {tuple(module.weight.shape)} as in {original}")
     quant = QuantConfig(method="fake", format="uniform", bits=4, group_size=None, base_model=Path(original).name,
                         weights_hash=tensors_hash(weights.items()))
-    layers = ((name, module.weight.detach().float() - weights[name].float(), None)
+    layers = ((name, module.weight.detach().float(), weights[name].float(), None)
               for name, module in decoder_linears(base).items())
     return _write(Path(out), layers, len(weights), quant, bits, False, layout, decoder_blocks(base)[0])
 
@@ -78,36 +79,29 @@ def _is_there(path: Path, quant: QuantConfig, bits: int, nested: bool) -> bool:
     return (sheet.bits, sheet.nested) == (bits, nested)
 
 
-def _packed_layers(folder: Path, quant: QuantConfig, base: BaseModel, nested: bool) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """``(layer, original minus quantized in float32, the base's own scales if nested)`` of every layer."""
-    scaling = read_scaling(folder)
-    weights = folder / "model.safetensors"
-    try:
-        with safe_open(weights, "pt") as packed:
-            for name, module in base.linears().items():
-                parts = (packed.get_tensor(f"{name}.{part}") for part in
-                         (("qweight", "codebook", "scale") if quant.format == "codebook" else ("qweight", "scales", "zeros")))
-                qweight, first, second = parts
-                dequantize = reference.codebook_dequantize if quant.format == "codebook" else reference.uniform_dequantize
-                dense = dequantize(qweight, first, second, module.in_features, torch.float32)
-                if dense.shape != module.weight.shape:
-                    raise UserError(f"model: {name} is {tuple(module.weight.shape)} in the original and {tuple(dense.shape)} in "
-                                    f"{folder}; give the model that was quantized")
-                original = scaled_state(f"{name}.weight", base.tensor(f"{name}.weight"), scaling).float()
-                yield name, original - dense, first if nested else None
-    except (SafetensorError, FileNotFoundError, ValueError) as error:
-        raise UserError(f"{weights}: expected the packed weights of this model ({error})") from None
+def _packed_layers(folder: Path, base: BaseModel, nested: bool,
+                   device: str) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
+    """``(layer, original, quantized, the base's own scales if nested)`` of every layer, on ``device``, the weights in float32."""
+    scaling, quantized = read_scaling(folder), QuantizedBlocks(folder)
+    for name, module in base.linears().items():
+        original = scaled_state(f"{name}.weight", base.tensor(f"{name}.weight").to(device), scaling).float()
+        step = quantized.parts(name, device)[1] if nested else None
+        yield name, original, quantized.weight(name, module.weight.shape, device), step
 
 
-def _write(out: Path, layers: Iterator[tuple[str, Tensor, Tensor | None]], count: int, quant: QuantConfig, bits: int,
+def _write(out: Path, layers: Iterator[tuple[str, Tensor, Tensor, Tensor | None]], count: int, quant: QuantConfig, bits: int,
            nested: bool, layout: str, prefix: str) -> Path:
-    residual, scale = {}, {}
-    for name, difference, base_scales in tqdm(layers, total=count, desc="residuals", unit="layer"):
-        residual[name], scale[name] = pack_layer(difference, bits, base_scales)
+    residual, scale, norms = {}, {}, {}
+    for name, original, quantized, base_scales in tqdm(layers, total=count, desc="residuals", unit="layer"):
+        difference = original - quantized
+        rows, step = pack_layer(difference, bits, base_scales)
+        kept = reference.residual_dequantize(rows, step, bits, nested, len(original), torch.float32)
+        norms[name] = tuple(float(part.norm()) for part in (original, difference, difference - kept.t()))
+        residual[name], scale[name] = rows.cpu(), None if step is None else step.cpu()
     if layout == "original":
         save_original_cheatsheet(out, residual, scale, prefix)
     else:
-        save_cheatsheet(out, Cheatsheet(bits, nested, residual, scale), quant)
+        save_cheatsheet(out, Cheatsheet(bits, nested, residual, scale, norms), quant)
     return out
 
 
@@ -122,9 +116,11 @@ def main() -> None:
     parser.add_argument("--quantized", help="with --original: folder of the model with fake-quantized weights")
     parser.add_argument("--out", metavar="FILE", help=f"file to write; default {CHEATSHEET} in FOLDER (original/{CHEATSHEET} "
                                                       "in the original's layout)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="where the layer at work is held (default %(default)s)")
     args = parser.parse_args()
     if args.folder and not (args.original or args.quantized):
-        wrote = make_cheatsheet(args.folder, args.model, args.bits, args.nested, args.layout, args.out)
+        wrote = make_cheatsheet(args.folder, args.model, args.bits, args.nested, args.layout, args.out, args.device)
     elif args.original and args.quantized and args.out and not args.folder and not args.nested:
         wrote = make_from_two_folders(args.original, args.quantized, args.out, args.bits, args.layout)
     else:

@@ -18,11 +18,12 @@ from decdec.files import atomic, config_hash, read_json, tensors_hash, write_jso
 from decdec.models import check_source
 
 from base_model import BaseModel
+from model_card import card
+from quantized_blocks import PARTS
 from scaling import SCALING, read_scaling, scaled_state, split_scaling
 
 COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
           "generation_config.json")
-PACKED = ("qweight", "codebook", "scale", "scales", "zeros")
 
 
 @contextlib.contextmanager
@@ -111,11 +112,13 @@ class QuantizedFolder:
             save_tensors(folder / "model.safetensors", rest | packed)
             if scaling:
                 save_tensors(folder / SCALING, scaling)
+            described = QuantConfig.from_dict(content)
+            (folder / "README.md").write_text(card(self.out.resolve().name, described), encoding="utf-8")
             write_json(folder / "config.json", read_json(base.folder / "config.json") | {"quantization_config": content})
         if not scaling:
             (self.out / SCALING).unlink(missing_ok=True)
         shutil.rmtree(self._parts)
-        return QuantConfig.from_dict(content)
+        return described
 
 
 class Reusable:
@@ -143,8 +146,9 @@ class Reusable:
     def block(self, name: str) -> dict[str, Tensor]:
         """Packed tensors and scale vectors of the block ``name``."""
         if self._tensors is None:
-            packed = load_file(self.folder / "model.safetensors")
-            self._tensors = {key: tensor for key, tensor in packed.items() if key.rpartition(".")[2] in PACKED} | read_scaling(self.folder)
+            parts = PARTS[self.quant.format]
+            stored = load_file(self.folder / "model.safetensors")
+            self._tensors = {key: tensor for key, tensor in stored.items() if key.rpartition(".")[2] in parts} | read_scaling(self.folder)
         found = {key: tensor for key, tensor in self._tensors.items() if key.startswith(f"{name}.")}
         if not found:
             raise UserError(f"reuse: {self.folder} has no block {name}: a folder of another model")

@@ -52,7 +52,8 @@ def quantize_blocks(runner: BlockRunner, bits: Sequence[int], group_size: int, t
             yield index, tensors
 
 
-def _quantize_group(linears: dict[str, nn.Linear], gram: Tensor, bits: int, group_size: int, act_order: bool) -> dict[str, Tensor]:
+def _quantize_group(linears: dict[str, nn.Linear], gram: Tensor, bits: int, group_size: int,
+                    act_order: bool) -> dict[str, Tensor]:
     """Packed tensors of layers that read the same input; their rows go through the columns together."""
     for name, module in linears.items():
         if not bool(module.weight.isfinite().all()):
@@ -73,7 +74,9 @@ def quantize_rows(weight: Tensor, gram: Tensor, bits: int, group_size: int,
     ``act_order`` channels are taken by falling energy instead, and every grid is laid beforehand.
     """
     d_in = weight.shape[1]
-    order = torch.argsort(gram.diagonal(), descending=True, stable=True) if act_order else torch.arange(d_in, device=weight.device)
+    order = torch.arange(d_in, device=weight.device)
+    if act_order:
+        order = torch.argsort(gram.diagonal(), descending=True, stable=True)
     group_of = (order // group_size).tolist()
     grouped = weight.unflatten(1, (-1, group_size))
     scale, zero = grid(grouped.amin(-1), grouped.amax(-1), bits)

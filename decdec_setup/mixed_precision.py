@@ -7,18 +7,13 @@ high bits. Takes the two finished folders of one bit width each.
 
 import argparse
 import json
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from decdec import reference
-from decdec.artifacts import read_quant_config
 from decdec.errors import UserError, run
-from decdec.hub import PACKED
 from decdec.models import load_tokenizer
 from decdec.text import calibration_samples, load_text
 
@@ -26,33 +21,7 @@ from base_model import BaseModel
 from bit_map import write_bit_map
 from blocks import BlockRunner
 from folder import local_folder
-
-
-class QuantizedBlocks:
-    """The blocks of a folder made by quantize.py, as dense float32 weights."""
-
-    def __init__(self, folder: str, base: BaseModel):
-        self.folder, self.base, self.quant = Path(folder), base, read_quant_config(folder)
-        if self.quant.layer_bits:
-            raise UserError(f"expected a folder of one bit width, {folder} mixes several")
-        self._file = safe_open(self.folder / "model.safetensors", framework="pt")
-
-    def load_into(self, block: nn.Module, index: int) -> nn.Module:
-        """Give ``block``, a copy of block ``index``, this folder's weights; AWQ's scaled norms are among them."""
-        dequantize = reference.codebook_dequantize if self.quant.format == "codebook" else reference.uniform_dequantize
-        stored = set(self._file.keys())
-        for name, value in block.state_dict().items():
-            full = f"{self.base.prefix}.{index}.{name}"
-            layer = full.removesuffix(".weight")
-            if full in stored:
-                tensor = self._file.get_tensor(full)
-            elif f"{layer}.qweight" in stored:
-                packed = (self._file.get_tensor(f"{layer}.{key}").to(value.device) for key in PACKED[self.quant.format])
-                tensor = dequantize(*packed, value.shape[1], torch.float32)
-            else:
-                raise UserError(f"{self.folder} has no tensors of {layer}: a folder of another model")
-            value.copy_(tensor)
-        return block
+from quantized_blocks import QuantizedBlocks
 
 
 @torch.no_grad()
@@ -68,7 +37,7 @@ def divergences(runner: BlockRunner, folders: list[QuantizedBlocks]) -> Tensor:
         for key, states in variants.items():
             variants[key] = [runner.call(index, block, state).to(runner.dtype) for state in states]
         for which, folder in enumerate(folders):
-            changed = folder.load_into(runner.copy_block(index), index)
+            changed = folder.load_into(runner.copy_block(index), f"{runner.prefix}.{index}")
             variants[index, which] = [runner.call(index, changed, state).to(runner.dtype) for state in clean]
         clean = [runner.call(index, block, state).to(runner.dtype) for state in clean]
     wanted = [runner.logits(state, sample).float().log_softmax(-1) for state, sample in zip(clean, runner.samples)]
@@ -91,11 +60,13 @@ def make_bit_map(source: str, low: str, high: str, out: str, text: str = "c4", s
                  device: str = "cpu") -> list[int]:
     """Write the map to ``out`` and return it: the bits of every block."""
     base = BaseModel(local_folder(source))
-    folders = [QuantizedBlocks(folder, base) for folder in (low, high)]
+    folders = [QuantizedBlocks(folder) for folder in (low, high)]
     bits = [folder.quant.bits for folder in folders]
+    if mixed := [folder.folder for folder in folders if folder.quant.layer_bits]:
+        raise UserError(f"expected folders of one bit width, {mixed[0]} mixes several")
     if bits[0] >= bits[1] or folders[0].quant.method != folders[1].quant.method:
-        raise UserError(f"expected folders of one method, the lower bits first, got {folders[0].quant.method} at {bits[0]} bits and "
-                        f"{folders[1].quant.method} at {bits[1]}")
+        found = " and ".join(f"{folder.quant.method} at {b} bits" for folder, b in zip(folders, bits))
+        raise UserError(f"expected folders of one method, the lower bits first, got {found}")
     documents = load_text(text, "calibration")
     tokens = calibration_samples(documents, load_tokenizer(str(base.folder)), samples, length, seed)
     found = divergences(BlockRunner(base.model, tokens, device, base.block), folders)

@@ -76,8 +76,9 @@ def quantize(source: str, method: str, bits: float, out: str, group_size: int | 
         raise UserError(f"bit-map: {bit_map} is of a model of {len(block_bits)} blocks, this one has {count}")
     layer_bits = {name: b for name in base.linears() if (b := block_bits[base.block_of(name)]) != min(block_bits)}
     config = QuantConfig(method=method, format="codebook" if method == "squeezellm" else "uniform", bits=min(block_bits),
-                         group_size=group_size, base_model=os.path.relpath(source_folder, out) if Path(source).is_dir() else source,
-                         weights_hash="", calibration=calibration | ({"act_order": True} if act_order else {}),
+                         group_size=group_size, weights_hash="",
+                         base_model=os.path.relpath(source_folder, out) if Path(source).is_dir() else source,
+                         calibration=calibration | ({"act_order": True} if act_order else {}),
                          layer_bits=layer_bits)
     for other in map(Reusable, reuse):
         for index in range(count):
@@ -125,7 +126,7 @@ def main() -> None:
     parser.add_argument("--act-order", action="store_true", help="gptq: take the input channels by falling energy")
     parser.add_argument("--group-size", type=int, help="inputs that share a scale (awq, gptq, rtn); default the largest divisor "
                                                        "of 128 that divides every layer's inputs")
-    parser.add_argument("--text", default="c4", help="calibration text: c4, wikitext, pydoc or a file (default %(default)s)")
+    parser.add_argument("--text", default="c4", help="calibration text: c4, pileval, wikitext, pydoc or a file (default %(default)s)")
     parser.add_argument("--samples", type=int, default=100, help="calibration samples (default %(default)s)")
     parser.add_argument("--length", type=int, default=512, help="tokens a sample (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="draws the samples (default %(default)s)")

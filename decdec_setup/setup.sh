@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # From an original model to a folder that DecDEC runs: packed base weights, cheatsheet.pt, thresholds.pt.
 #
-#   setup.sh MODEL METHOD BITS OUT [--text TEXT] [--samples N] [--length N] [--seed N] [--device DEVICE] [--group-size N]
+#   setup.sh MODEL METHOD BITS OUT [--text TEXT] [--samples N] [--length N] [--seed N] [--device DEVICE] [--group-size N] [--bit-map FILE]
 #
-# METHOD is squeezellm, awq or rtn. What is finished is kept: run it again after an interrupt. PYTHON chooses the interpreter.
+# METHOD is squeezellm, awq, gptq or rtn. What is finished is kept: run it again after an interrupt. PYTHON chooses the interpreter.
 set -euo pipefail
 if [ $# -lt 4 ]; then
     sed -n '2,6s/^# \{0,1\}//p' "$0" >&2
@@ -13,12 +13,12 @@ room=$(dirname "$0") python=${PYTHON:-python3}
 model=$1 method=$2 bits=$3 out=$4
 shift 4
 
-# --group-size belongs to quantize.py alone; the rest describes the calibration, which thresholds.py shares.
+# --group-size and --bit-map belong to quantize.py alone; the rest describes the calibration, which thresholds.py shares.
 grouping=() calibration=()
 while [ $# -gt 0 ]; do
     [ $# -gt 1 ] || { echo "error: $1: expected a value after it" >&2; exit 2; }
     case $1 in
-        --group-size) grouping+=("$1" "$2") ;;
+        --group-size | --bit-map) grouping+=("$1" "$2") ;;
         *) calibration+=("$1" "$2") ;;
     esac
     shift 2

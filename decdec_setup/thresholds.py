@@ -1,7 +1,8 @@
 """Writes what calibration text shows of every linear layer's input: thresholds.pt.
 
 For each rank the largest value that the rank-th largest |x| of a token took, from which the bucket boundaries of any k_chunk
-follow, and the mean of x^2 per channel, the static ranking. Taken from the original model; for AWQ from the scaled one, whose
+follow, and the mean of x^2 per channel, the static ranking; what predicts errors: the energy of each residual row and of the
+layer's output. Taken from the original model; for AWQ from the scaled one, whose
 layers see ``x / input_scale``.
 """
 
@@ -13,17 +14,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from decdec.artifacts import THRESHOLDS, Thresholds, load_thresholds, read_quant_config, save_thresholds
+from decdec.artifacts import STATISTICS, THRESHOLDS, Thresholds, load_thresholds, read_quant_config, save_thresholds
 from decdec.errors import UserError, run
 from decdec.models import load_tokenizer, original_of
 from decdec.original import save_original_thresholds
 from decdec.text import calibration_samples, load_text
 
 from base_model import BaseModel
-from blocks import BlockRunner
+from blocks import BlockRunner, block_linears
 from folder import local_folder
 from groups import find_groups
-from scaling import read_scaling
+from quantized_blocks import QuantizedBlocks
+from scaling import read_scaling, scaled_state
 
 LAYOUTS = ("decdec", "original")
 
@@ -56,28 +58,48 @@ def _sorted(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def collect(runner: BlockRunner, scaling: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """``(largest, mean_square)`` of every decoder linear over the runner's samples, one block at a time."""
-    largest: dict[str, Tensor] = {}
-    mean_square: dict[str, Tensor] = {}
+def collect(runner: BlockRunner, scaling: dict[str, Tensor],
+            quantized: QuantizedBlocks | None = None) -> dict[str, dict[str, Tensor]]:
+    """The fields of :class:`Thresholds` over the runner's samples, one block at a time; row energies only with ``quantized``."""
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in STATISTICS}
     hidden = runner.embed()
     for index in tqdm(range(len(runner.blocks)), desc="thresholds", unit="block"):
         block = runner.copy_block(index)
+        linears = block_linears(runner, index, block)
+        outputs = {name: [] for name in linears}
         watched, hooks = [], []
         for group in find_groups(runner, index, block, hidden[0]):
-            name, module = next(iter(group.linears.items()))
+            name, module = group.first
             scale = scaling.get(f"{name}.input_scale")
             seen = _Seen(None if scale is None else scale.to(runner.device))
             hooks.append(module.register_forward_pre_hook(lambda _, args, seen=seen: seen.see(args[0])))
             watched.append((group, seen))
+        for name, module in linears.items():
+            hooks.append(module.register_forward_hook(lambda module, _, output, energies=outputs[name]:
+                                                      energies.append(_energy(output, module.bias))))
         hidden = [runner.call(index, block, state).to(runner.dtype) for state in hidden]
         for hook in hooks:
             hook.remove()
         for group, seen in watched:
             for name in group.linears:
-                largest[name] = seen.largest.cpu()
-                mean_square[name] = (seen.squares / seen.tokens).cpu()
-    return largest, mean_square
+                found["largest"][name] = seen.largest.cpu()
+                found["mean_square"][name] = (seen.squares / seen.tokens).cpu()
+                rows = scaling.get(f"{name}.output_scale")
+                energy = torch.stack(outputs[name]).sum(0) / seen.tokens
+                if rows is not None:
+                    energy *= rows.to(energy.device).square()
+                found["output_energy"][name] = energy.sum().cpu()
+        if quantized is not None:
+            for name, module in linears.items():
+                original = scaled_state(f"{name}.weight", module.weight, scaling)
+                residual = original - quantized.weight(name, original.shape, runner.device)
+                found["row_energy"][name] = residual.square().sum(0).cpu()
+    return found
+
+
+def _energy(output: Tensor, bias: Tensor | None) -> Tensor:
+    """Sum over tokens of each output's square, without the bias: ``(d_out,)``."""
+    return (output if bias is None else output - bias).flatten(0, -2).square().sum(0)
 
 
 def make_thresholds(folder: str | Path, model: str | None = None, text: str = "c4", samples: int = 100, length: int = 512,
@@ -100,11 +122,11 @@ def make_thresholds(folder: str | Path, model: str | None = None, text: str = "c
     tokens = calibration_samples(documents, load_tokenizer(str(source)), samples, length, seed)
     base = BaseModel(source)
     runner = BlockRunner(base.model, tokens, device, base.block)
-    largest, mean_square = collect(runner, read_scaling(folder))
+    found = collect(runner, read_scaling(folder), QuantizedBlocks(folder))
     if layout == "original":
-        save_original_thresholds(out, largest, runner.prefix)
+        save_original_thresholds(out, found["largest"], runner.prefix)
     else:
-        save_thresholds(out, Thresholds(calibration, largest, mean_square), quant)
+        save_thresholds(out, Thresholds(calibration, **found), quant)
     return out
 
 
@@ -112,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="FOLDER", help="folder made by quantize.py")
     parser.add_argument("--model", help="original model, if it is no longer where quantize.py found it")
-    parser.add_argument("--text", default="c4", help="calibration text: c4, wikitext, pydoc or a file (default %(default)s)")
+    parser.add_argument("--text", default="c4", help="calibration text: c4, pileval, wikitext, pydoc or a file (default %(default)s)")
     parser.add_argument("--samples", type=int, default=100, help="calibration samples (default %(default)s)")
     parser.add_argument("--length", type=int, default=512, help="tokens a sample (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="draws the samples (default %(default)s)")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from decdec.errors import UserError
-from decdec.files import atomic, read_json
+from decdec.files import read_json, write_torch
 from decdec.packing import BASE_BITS, RESIDUAL_BITS, RESIDUAL_LAYOUT_VERSION, TILE_LAYOUT_VERSION
 from decdec.reference import chunk_counts
 
@@ -26,13 +26,14 @@ QUANT_METHOD = "decdec"
 FORMATS = ("codebook", "uniform")
 CHEATSHEET = "cheatsheet.pt"
 THRESHOLDS = "thresholds.pt"
+STATISTICS = ("largest", "mean_square", "row_energy", "output_energy")  # of Thresholds, by their names in the file
 
 
 @dataclass(frozen=True)
 class QuantConfig:
     """How the base weights of a folder were made: ``config.json["quantization_config"]``."""
 
-    method: str  # "awq", "squeezellm", "rtn"
+    method: str  # "awq", "squeezellm", "gptq", "rtn"
     format: str  # "codebook" or "uniform"
     bits: int
     group_size: int | None  # inputs that share a scale; None for codebooks
@@ -79,12 +80,17 @@ def read_quant_config(folder: str | Path) -> QuantConfig:
 
 @dataclass(frozen=True)
 class Cheatsheet:
-    """Residuals of all linear layers: ``residual[layer]`` uint8 rows, ``scale[layer]`` float16 ``(groups, d_out)`` or None."""
+    """Residuals of all linear layers: ``residual[layer]`` uint8 rows, ``scale[layer]`` float16 ``(groups, d_out)`` or None.
+
+    ``norms[layer]``, where known: the Frobenius norms of the original weight, of the residual, and of what the residual's own
+    rounding leaves of it.
+    """
 
     bits: int
     nested: bool
     residual: dict[str, Tensor]
     scale: dict[str, Tensor | None]
+    norms: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
 
 def save_cheatsheet(path: str | Path, sheet: Cheatsheet, quant: QuantConfig) -> None:
@@ -92,7 +98,7 @@ def save_cheatsheet(path: str | Path, sheet: Cheatsheet, quant: QuantConfig) -> 
     tensors |= {f"{layer}.scale": tensor for layer, tensor in sheet.scale.items() if tensor is not None}
     _save(path, "decdec.cheatsheet", tensors, {"bits": sheet.bits, "nested": sheet.nested,
                                                "layout_version": RESIDUAL_LAYOUT_VERSION, "base_model": quant.base_model,
-                                               "weights_hash": quant.weights_hash})
+                                               "weights_hash": quant.weights_hash, "norms": sheet.norms})
 
 
 def load_cheatsheet(path: str | Path, quant: QuantConfig) -> Cheatsheet:
@@ -104,7 +110,7 @@ def load_cheatsheet(path: str | Path, quant: QuantConfig) -> Cheatsheet:
         raise UserError(f"{path}: bits: expected one of {RESIDUAL_BITS}, got {config.get('bits')!r}")
     residual = {name.removesuffix(".residual"): t for name, t in tensors.items() if name.endswith(".residual")}
     scale = {layer: tensors.get(f"{layer}.scale") for layer in residual}
-    return Cheatsheet(config["bits"], bool(config.get("nested")), residual, scale)
+    return Cheatsheet(config["bits"], bool(config.get("nested")), residual, scale, config.get("norms", {}))
 
 
 @dataclass(frozen=True)
@@ -113,11 +119,15 @@ class Thresholds:
 
     ``largest[layer]``: float32 ``(d_in,)``, descending; entry r is the maximum over all tokens of the r-th largest ``|x|``.
     ``mean_square[layer]``: float32 ``(d_in,)``, mean of ``x**2`` of each channel: the static ranking of the paper's Figure 16.
+    What predicts errors, where known: ``row_energy[layer]``, float32 ``(d_in,)``, the squared norm of each row of the residual,
+    original minus quantized; ``output_energy[layer]``, float32 ``()``, the mean over tokens of the squared norm of ``W x``.
     """
 
     calibration: dict
     largest: dict[str, Tensor]
     mean_square: dict[str, Tensor]
+    row_energy: dict[str, Tensor] = field(default_factory=dict)
+    output_energy: dict[str, Tensor] = field(default_factory=dict)
 
     def boundaries(self, layer: str, k_chunk: int) -> tuple[float, float]:
         """``(b_0, b_15)`` for this layer and ``k_chunk`` >= 1: largest ``|x|``, and largest k-th largest ``|x|`` (section 4.3)."""
@@ -127,23 +137,24 @@ class Thresholds:
 
 
 def save_thresholds(path: str | Path, thresholds: Thresholds, quant: QuantConfig) -> None:
-    tensors = {f"{layer}.largest": tensor for layer, tensor in thresholds.largest.items()}
-    tensors |= {f"{layer}.mean_square": tensor for layer, tensor in thresholds.mean_square.items()}
+    tensors = {f"{layer}.{kind}": tensor for kind in STATISTICS for layer, tensor in getattr(thresholds, kind).items()}
     _save(path, "decdec.thresholds", tensors, {"calibration": thresholds.calibration, "base_model": quant.base_model,
                                                "weights_hash": quant.weights_hash})
 
 
 def load_thresholds(path: str | Path, quant: QuantConfig) -> Thresholds:
     config, tensors = _load(path, "decdec.thresholds", quant)
-    largest = {name.removesuffix(".largest"): t for name, t in tensors.items() if name.endswith(".largest")}
-    mean_square = {layer: tensors[f"{layer}.mean_square"] for layer in largest}
-    return Thresholds(config.get("calibration", {}), largest, mean_square)
+    found: dict[str, dict[str, Tensor]] = {kind: {} for kind in STATISTICS}
+    for name, tensor in tensors.items():
+        layer, _, kind = name.rpartition(".")
+        if kind in found:
+            found[kind][layer] = tensor
+    return Thresholds(config.get("calibration", {}), **found)
 
 
 def _save(path: str | Path, kind: str, tensors: Mapping[str, Tensor], config: dict) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with atomic(path) as temporary:
-        torch.save({"format": kind, "version": 1, "config": config, "tensors": tensors}, temporary)
+    write_torch(path, {"format": kind, "version": 1, "config": config, "tensors": tensors})
 
 
 def _load(path: str | Path, kind: str, quant: QuantConfig) -> tuple[dict, dict[str, Tensor]]:

@@ -13,7 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from decdec.errors import UserError
 
 BUILT_IN = "pydoc"
-NAMES = ("wikitext", "c4", BUILT_IN)
+NAMES = ("wikitext", "c4", "pileval", BUILT_IN)
+# Of a text longer than this many characters, calibration tokenizes documents drawn by the seed up to this length: the first
+# shard of C4 is fifty times longer, and takes minutes and many gigabytes.
+CALIBRATION_CHARACTERS = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Text:
 def load_text(source: str, part: str) -> Text:
     """Text for ``part`` ``"calibration"`` or ``"evaluation"`` (disjoint for all named sources).
 
-    ``source``: ``wikitext`` (WikiText-2 raw; train / test), ``c4`` (first shard; train / validation), ``pydoc`` (the topics of
-    Python's own documentation), or a path: ``.jsonl`` (field ``text``), ``.raw`` (WikiText's raw format, rows joined as the
+    ``source``: ``wikitext`` (WikiText-2 raw; train / test), ``c4`` (first shard; train / validation), ``pileval`` (validation
+    split of the Pile, AWQ's calibration text; even / odd documents), ``pydoc`` (the topics of Python's own documentation), or a path: ``.jsonl`` (field ``text``), ``.raw`` (WikiText's raw format, rows joined as the
     paper's harness joins the hub's rows), or any other text file as it is.
     """
     if part not in ("calibration", "evaluation"):
@@ -63,18 +66,34 @@ def _hub(source: str, part: str) -> Text:
     import datasets
 
     train = part == "calibration"
+    repository, options, name = {
+        "wikitext": ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1", "split": "train" if train else "test"},
+                     f"wikitext2-{'train' if train else 'test'}"),
+        "c4": ("allenai/c4", {"data_files": "en/c4-train.00000-of-01024.json.gz" if train else
+                              "en/c4-validation.00000-of-00008.json.gz", "split": "train"},
+               f"c4-{'train' if train else 'validation'}-0"),
+        "pileval": ("mit-han-lab/pile-val-backup", {"split": "validation"}, f"pileval-{part}"),
+    }[source]
     try:
-        if source == "wikitext":
-            rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="train" if train else "test")
-            name = f"wikitext2-{'train' if train else 'test'}"
-        else:
-            shard = "en/c4-train.00000-of-01024.json.gz" if train else "en/c4-validation.00000-of-00008.json.gz"
-            rows = datasets.load_dataset("allenai/c4", data_files=shard, split="train")
-            name = f"c4-{'train' if train else 'validation'}-0"
+        revision = _revision(repository)
+        rows = datasets.load_dataset(repository, revision=revision, **options)["text"]
     except Exception as error:  # the hub client raises many kinds; whichever, the user can only choose another text
         raise UserError(f"text: {source} could not be loaded from the hub ({type(error).__name__}); "
                         f"give a local file or '{BUILT_IN}', which needs no network") from error
-    return Text(name, tuple(rows["text"]))
+    documents = tuple(rows)
+    if source == "pileval":
+        documents = documents[0 if train else 1::2]
+    return Text(f"{name}@{revision[:12]}" if revision else name, documents)
+
+
+def _revision(repository: str) -> str | None:
+    """The commit that a dataset's main branch stands at; None without a network, where only the cache can answer."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(repository, timeout=20).sha
+    except Exception:  # of many kinds; loading says what is wrong if the cache has nothing
+        return None
 
 
 def _file(path: Path) -> Text:
@@ -112,9 +131,26 @@ def windows(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, count: 
 
 
 def calibration_samples(text: Text, tokenizer: PreTrainedTokenizerBase, samples: int, length: int, seed: int) -> Tensor:
-    """``samples`` windows of ``length`` tokens drawn without overlap by ``seed``: int64 ``(samples, length)``."""
-    every = windows(text, tokenizer, length)
+    """``samples`` windows of ``length`` tokens drawn without overlap by ``seed``: int64 ``(samples, length)``.
+
+    Of a text beyond CALIBRATION_CHARACTERS, documents are drawn first, by the same seed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    every = windows(_drawn(text, max(CALIBRATION_CHARACTERS, 32 * samples * length), generator), tokenizer, length)
     if len(every) < samples:
         raise UserError(f"text: {text.name} has {len(every)} windows of {length} tokens, {samples} samples were asked for")
-    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(every), generator=generator)
     return every[order[:samples]]
+
+
+def _drawn(text: Text, characters: int, generator: torch.Generator) -> Text:
+    """``text`` itself if it is no longer than ``characters``, else documents of it in random order up to that length."""
+    if sum(map(len, text.documents)) <= characters:
+        return text
+    chosen, length = [], 0
+    for index in torch.randperm(len(text.documents), generator=generator).tolist():
+        chosen.append(text.documents[index])
+        length += len(chosen[-1])
+        if length >= characters:
+            break
+    return Text(text.name, tuple(chosen))
