@@ -94,6 +94,14 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
                : "memory");
 }
 
+// Closes a group of the thread's copies, and waits for all groups but the newest kNewest. They are its own: other threads'
+// copies need a barrier besides.
+__device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kNewest>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
+}
+
 // The barrier of one of a warp's buffers. A phase ends when the bytes of one copy_bulk and all copies that the warp's lanes
 // made before their arrive_copies are there.
 struct BufferBarrier {

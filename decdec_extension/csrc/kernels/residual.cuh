@@ -1,7 +1,9 @@
 // The residual GEMV of one block: a slice of output columns for all selected rows, by zero-copy loads.
 //
-// A thread owns a piece, the up to 16 bytes of a row that hold its outputs, and every so many of the rows; it keeps several
-// loads in flight, since the link to the host answers after more than a microsecond. Sums are float32, joined in fixed order.
+// A thread owns a piece, the up to 16 bytes of a row that hold its outputs, and every so many of the rows. It keeps several
+// copies to shared memory in flight, since the link to the host answers after more than a microsecond, and consumes them in
+// a short loop: this code runs cold, once a launch, and unrolled it would wait longer for its instructions than for the rows.
+// Sums are float32, joined in fixed order.
 
 #pragma once
 
@@ -13,7 +15,7 @@ namespace decdec::cuda {
 
 // A piece holds at most 32 outputs, so that a thread's sums fit in registers.
 template <int kBits>
-struct Piece {
+struct alignas(kBits < 4 ? 4 * kBits : 16) Piece {
   static constexpr int kOutputs = kBits <= 4 ? 32 : 128 / kBits;
   static constexpr int kWords = kOutputs * kBits / 32;
   uint32_t words[kWords];
@@ -31,7 +33,7 @@ struct Piece {
   }
 };
 
-constexpr int kPieceLoads = 1024 / kThreads;  // in flight a thread: 16 KB a block
+constexpr int kPieceLoads = 4;        // in flight a thread: 16 KB a block; 8 to 16 blocks then saturate the link
 constexpr int kSlicePieces = 8;       // slices are multiples of 128 bytes at 4 bits and more: whole lines of the link
 
 // Pieces of a row, and of each of `blocks` slices.
@@ -51,6 +53,7 @@ template <int kBits, bool kGrouped, class Channel, class Emit>
 __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, int selected, int slice, int slices,
                                               float* sums, Channel channel, Emit emit) {
   using P = Piece<kBits>;
+  P* ring = reinterpret_cast<P*>(sums);
   const int pieces = row_pieces(d_out, kBits), per_slice = slice_pieces(pieces, slices);
   const int begin = slice * per_slice, end = min(begin + per_slice, pieces);
   for (int first = begin; first < end; first += kThreads) {
@@ -60,40 +63,42 @@ __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, 
     const int output = (first + piece) * P::kOutputs;
     const uint8_t* column = c.residual + int64_t{first + piece} * (P::kWords * 4);
     float sum[P::kOutputs] = {};
-    P data[kPieceLoads];
-    float factor[kPieceLoads];
-    const uint16_t* scale[kPieceLoads];
-    const auto load = [&](int slot, int i) {
-      factor[slot] = 0, scale[slot] = c.residual_scale, data[slot] = {};
-      if (!busy || i >= selected) return;
-      const int at = channel(i, factor[slot]);
-      if (at < 0) return;
-      load_streaming<P::kWords>(data[slot].words, column + at * c.row_bytes);
-      if constexpr (kGrouped) {
-        scale[slot] += int64_t{at / c.group_size} * d_out + output;
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(scale[slot]));
+    const auto load = [&](int i) {
+      float factor;
+      const int at = busy && i < selected ? channel(i, factor) : -1;
+      if (at >= 0) {
+        copy_async<P::kWords * 4>(ring + i / rows % kPieceLoads * kThreads + threadIdx.x, column + at * c.row_bytes);
+        if constexpr (kGrouped) {
+          asm volatile("prefetch.global.L2 [%0];" ::"l"(c.residual_scale + int64_t{at / c.group_size} * d_out + output));
+        }
       }
+      close_copies();
     };
-#pragma unroll
-    for (int slot = 0; slot < kPieceLoads; ++slot) load(slot, row + slot * rows);
-    for (int i = row; i < selected; i += kPieceLoads * rows) {
-#pragma unroll
-      for (int slot = 0; slot < kPieceLoads; ++slot) {
+#pragma unroll 1
+    for (int n = 0; n < kPieceLoads; ++n) load(row + n * rows);
+#pragma unroll 1
+    for (int i = row; i < selected; i += rows) {
+      wait_copies<kPieceLoads - 1>();
+      float factor = 0;
+      const int at = busy ? channel(i, factor) : -1;
+      if (at >= 0) {
+        const P data = ring[i / rows % kPieceLoads * kThreads + threadIdx.x];
         if constexpr (!kGrouped) {
 #pragma unroll
-          for (int n = 0; n < P::kOutputs; ++n) sum[n] = fmaf(data[slot].code(n), factor[slot], sum[n]);
-        } else if (factor[slot] != 0) {
+          for (int n = 0; n < P::kOutputs; ++n) sum[n] = fmaf(data.code(n), factor, sum[n]);
+        } else {
+          const uint16_t* scale = c.residual_scale + int64_t{at / c.group_size} * d_out + output;
           const float offset = c.nested ? 0.5f : 0.f;
 #pragma unroll
           for (int n = 0; n < P::kOutputs; ++n) {
-            const float step = output + n < d_out ? half_to_float(__ldg(scale[slot] + n)) : 0.f;
-            sum[n] = fmaf((data[slot].code(n) + offset) * step, factor[slot], sum[n]);
+            const float step = output + n < d_out ? half_to_float(__ldg(scale + n)) : 0.f;
+            sum[n] = fmaf((data.code(n) + offset) * step, factor, sum[n]);
           }
         }
-        load(slot, i + (kPieceLoads + slot) * rows);
       }
+      load(i + kPieceLoads * rows);
     }
-    __syncthreads();  // the sums of the slice's last part have been read
+    __syncthreads();  // all have emptied their part of the ring, whose place the sums take
     if (busy) {
 #pragma unroll
       for (int n = 0; n < P::kOutputs; ++n) sums[n * kSumStride + threadIdx.x] = sum[n];
@@ -109,6 +114,7 @@ __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, 
       if (kGrouped && c.nested) v *= 1.f / (1 << kBits);
       emit(o, v);
     }
+    __syncthreads();  // the sums have been read
   }
 }
 
