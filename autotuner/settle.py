@@ -18,8 +18,7 @@ Decision = Callable[[Timings, Target], Mapping[Layer, Setting]]
 
 @dataclass(frozen=True)
 class Settled:
-    """Settings, with times of one layer in microseconds. ``measured`` is None where there is nothing to measure
-    with."""
+    """Settings, with times of one layer in microseconds; ``measured`` is None where nothing was measured afresh."""
 
     settings: dict[Layer, Setting]
     base: dict[Layer, float]

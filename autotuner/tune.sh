@@ -4,9 +4,9 @@
 #   tune.sh FOLDER [TARGET...]                 on the GPU that is here; targets in percent (default 2.5 5 10 20)
 #   SIMULATE=4050M tune.sh FOLDER [TARGET...]  for a GPU that is not here, from its data sheet
 #
-# plan.json goes into the folder, profile and figures into results/ beside this script. TEXT chooses the text that the gains are
-# measured on (default c4; pydoc needs no network), SAMPLES how much of it (default 16), PYTHON the interpreter, RESULTS another folder
-# for the results.
+# plan.json goes into the folder, profile and figures into results/ beside this script. TEXT chooses the text that the
+# gains are measured on (default c4; pydoc needs no network), SAMPLES how much of it (default 16), PYTHON the interpreter,
+# RESULTS another folder for the results.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 case ${1:-} in

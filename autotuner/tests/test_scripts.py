@@ -15,10 +15,12 @@ from gains import DERIVED, GAINS, MEASURED, diminishing, read_gains
 from measure_gains import at_k_chunk, removed_by_rank
 from shapes import from_folder
 
+from decdec import hub
 from decdec.artifacts import read_quant_config
 from decdec.errors import UserError
 from decdec.files import read_rows
-from decdec.plan import Device, load_plan
+from decdec.linear import Compensation
+from decdec.plan import Device, apply, load_plan
 from decdec.testing import refused, run_script
 from decdec.tiny import make_model
 
@@ -101,11 +103,19 @@ def test_figure_table_and_csv_from_the_rows(call, profile, tmp_path):
 def test_the_whole_stage_on_a_folder_and_its_plan_is_refused_elsewhere(call, folder, tmp_path):
     settings = {"PYTHON": sys.executable, "SIMULATE": "4050M", "TEXT": "pydoc", "SAMPLES": "2",
                 "RESULTS": str(tmp_path)}
-    result = run_script(ROOM / "tune.sh", folder, 50, env=os.environ | settings)
+    result = run_script(ROOM / "tune.sh", folder, 200, env=os.environ | settings)
     assert result.returncode == 0, result.stderr
     quant = read_quant_config(folder)
     plan = load_plan(folder / "plan.json", quant)
     assert plan.gain_source == MEASURED and plan.at().objective == "quality"
+    assert any(choice.k_chunk for choice in plan.at().choices)
+    model = hub.load(folder)
+    apply(plan, model, prefill=True)
+    for layer in hub.compensated_layers(model).values():
+        choice = plan.at().choice(layer.kind, layer.bits)
+        assert layer.compensation == Compensation(choice.k_chunk, "bucket", prefill=True, n_tb=choice.n_tb)
+    with pytest.raises(UserError, match="tuned for 200 %, not for 5 %"):
+        apply(plan, model, 5)
     with pytest.raises(UserError, match="tuned for a simulated 4050M with 20 SMs, but this is H100 with 132 SMs"):
         load_plan(folder / "plan.json", quant, Device("H100", 132))
     content = json.loads((folder / "plan.json").read_text())

@@ -1,11 +1,11 @@
-"""``plan.json``: what the autotuner chose for one model on one GPU, and what it rests on. Schema, write, read,
-refuse."""
+"""``plan.json``: what the autotuner chose for one model on one GPU. Schema, write, read, refuse, apply."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from decdec.artifacts import QuantConfig
 from decdec.errors import UserError
@@ -124,6 +124,19 @@ def load_plan(path: str | Path, quant: QuantConfig | None = None, device: Device
         raise UserError(f"{path}: tuned for {_words(plan.device)}, but this is {_words(device)}; "
                         "run the autotuner here")
     return plan
+
+
+def apply(plan: Plan, model: nn.Module, target_percent: float | None = None, prefill: bool = False) -> None:
+    """Compensate every layer of ``model`` (anything :mod:`decdec.hub` serves) as chosen for its kind and bit width."""
+    from decdec import hub  # here, so that hub may use plans
+    from decdec.linear import Compensation
+
+    tuned = plan.at(target_percent)
+    highest = max(choice.k_chunk for choice in tuned.choices)
+    hub.set_compensation(model, Compensation(highest, plan.selection, prefill))  # loads what every layer needs
+    for layer in hub.compensated_layers(model).values():
+        choice = tuned.choice(layer.kind, layer.bits)
+        layer.compensate(Compensation(choice.k_chunk, plan.selection, prefill, choice.n_tb))
 
 
 def _plan(content: Mapping) -> Plan:
