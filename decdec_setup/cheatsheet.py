@@ -94,10 +94,11 @@ def _write(out: Path, layers: Iterator[tuple[str, Tensor, Tensor, Tensor | None]
     residual, scale, norms = {}, {}, {}
     for name, original, quantized, base_scales in tqdm(layers, total=count, desc="residuals", unit="layer"):
         difference = original - quantized
-        rows, step = pack_layer(difference, bits, base_scales)
-        kept = reference.residual_dequantize(rows, step, bits, nested, len(original), torch.float32)
+        rows, step = pack_layer(difference.cpu(), bits, None if base_scales is None else base_scales.cpu())
+        moved = (rows.to(original.device), None if step is None else step.to(original.device))
+        kept = reference.residual_dequantize(*moved, bits, nested, len(original), torch.float32)
         norms[name] = tuple(float(part.norm()) for part in (original, difference, difference - kept.t()))
-        residual[name], scale[name] = rows.cpu(), None if step is None else step.cpu()
+        residual[name], scale[name] = rows, step
     if layout == "original":
         save_original_cheatsheet(out, residual, scale, prefix)
     else:

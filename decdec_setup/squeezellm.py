@@ -18,7 +18,8 @@ from decdec.packing import pack_codebook, pack_codes
 from blocks import BlockRunner, block_linears
 
 CELLS = 96  # cells of the coarse grid: rows with no more distinct places than this are solved exactly
-ROWS_AT_ONCE = 128  # keeps the cost table of a chunk, ROWS_AT_ONCE * CELLS**2 floats, in the cache
+ROWS_AT_ONCE = 128  # keeps the cost table of a chunk, ROWS_AT_ONCE * CELLS**2 floats, in a CPU's cache
+ROWS_AT_ONCE_CUDA = 2048  # enough to fill a GPU; the table is 80 MB
 MAX_ITERATIONS = 200
 
 
@@ -28,11 +29,12 @@ def quantize_blocks(runner: BlockRunner, bits: Sequence[int], todo: set[int]) ->
     ``bits`` counts by block.
     """
     count = len(runner.blocks)
-    hidden = [runner.embed()]
+    # In CPU memory, since all blocks' inputs wait for the way back.
+    hidden = [[state.cpu() for state in runner.embed()]]
     with torch.no_grad():
         for index in tqdm(range(count), desc="forward", unit="block"):
             block = runner.copy_block(index)
-            hidden.append([runner.call(index, block, sample).to(runner.dtype) for sample in hidden[-1]])
+            hidden.append([runner.call(index, block, state).to(runner.dtype).cpu() for state in hidden[-1]])
     gradients = [_loss_gradient(runner, state, sample) for state, sample in zip(hidden.pop(), runner.samples)]
 
     for index in tqdm(range(count - 1, min(todo) - 1, -1), desc="backward and k-means", unit="block"):
@@ -43,7 +45,7 @@ def quantize_blocks(runner: BlockRunner, bits: Sequence[int], todo: set[int]) ->
             if index in todo else []
         states = hidden.pop()
         for i, gradient in enumerate(gradients):
-            state = states[i].float().requires_grad_()
+            state = states[i].to(runner.device, torch.float32).requires_grad_()
             runner.call(index, block, state).backward(gradient)
             gradients[i] = state.grad
         for hook in hooks:
@@ -57,7 +59,7 @@ def quantize_blocks(runner: BlockRunner, bits: Sequence[int], todo: set[int]) ->
 
 def _loss_gradient(runner: BlockRunner, hidden: Tensor, sample: Tensor) -> Tensor:
     """Gradient of the sample's summed next-token loss at the last block's output, float32."""
-    hidden = hidden.float().requires_grad_()
+    hidden = hidden.to(runner.device, torch.float32).requires_grad_()
     logits = runner.logits(hidden, sample)
     F.cross_entropy(logits[:-1].float(), sample[1:].to(logits.device), reduction="sum").backward()
     return hidden.grad
@@ -92,7 +94,8 @@ def kmeans(values: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
     row's mean, so that no value is without a say. Returns codes uint8 ``(rows, n)`` and ascending centroids float32
     ``(rows, k)``. Deterministic; float64 inside.
     """
-    parts = [_kmeans_rows(v, w, k) for v, w in zip(values.detach().float().split(ROWS_AT_ONCE), weights.split(ROWS_AT_ONCE))]
+    rows = ROWS_AT_ONCE_CUDA if values.is_cuda else ROWS_AT_ONCE
+    parts = [_kmeans_rows(v, w, k) for v, w in zip(values.detach().float().split(rows), weights.split(rows))]
     return torch.cat([codes for codes, _ in parts]), torch.cat([centroids for _, centroids in parts])
 
 

@@ -1,0 +1,123 @@
+"""Models that are ill or oddly shaped: handled, or refused in one line that leaves no folder."""
+
+import os
+import shutil
+
+import pytest
+import torch
+import transformers
+
+from decdec import hub
+from decdec.errors import UserError
+from decdec.linear import Compensation
+from decdec.models import load_model
+from decdec.testing import run_script
+
+from cheatsheet import make_cheatsheet
+from quantize import METHODS, quantize
+from thresholds import make_thresholds
+
+
+@pytest.fixture
+def odd(tiny, tmp_path):
+    """``odd(change, **config)``: a one-block Llama of 32 channels with ``change(model)`` done to its weights."""
+    def make(change=lambda model: None, **config):
+        torch.manual_seed(0)
+        shape = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2,
+                 "num_key_value_heads": 1, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1}
+        model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**shape | config), dtype=torch.float16)
+        with torch.no_grad():
+            change(model)
+        model.save_pretrained(tmp_path / "odd")
+        for file in tiny.glob("tokenizer*"):
+            shutil.copy(file, tmp_path / "odd")
+        return tmp_path / "odd"
+
+    return make
+
+
+def silence(model):
+    model.model.layers[0].mlp.up_proj.weight.zero_()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("what", ["nan in a weight", "inf in a weight", "nan in the activations"])
+def test_what_is_not_finite_is_refused(odd, calibration, tmp_path, method, what):
+    name = "model.embed_tokens.weight" if "activations" in what else "model.layers.0.mlp.up_proj.weight"
+
+    def change(model):
+        model.get_parameter(name)[:, 5] = float(what[:3])
+
+    source = odd(change)
+    if method == "rtn" and "activations" in what:
+        pytest.skip("runs no model")
+    with pytest.raises(UserError, match="not finite") as caught:
+        quantize(str(source), method, 3, str(tmp_path / "out"), **calibration)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [{"intermediate_size": 1}, {"intermediate_size": 42}], ids=["one channel", "d_out of 42"])
+def test_a_layer_of_zeros_and_odd_widths_go_through_every_stage(odd, calibration, tmp_path, method, shape):
+    source, out = odd(silence, **shape), tmp_path / "out"
+    quantize(str(source), method, 3, str(out), **calibration)
+    make_thresholds(out, **calibration)
+    make_cheatsheet(out)
+    model = hub.load(out, compensation=Compensation(k_chunk=1024, prefill=True))
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        assert not model.model.layers[0].mlp.up_proj.dequantize(torch.float32).any()
+        wanted, found = load_model(str(source), torch.float32)(tokens).logits, model(tokens).logits
+    assert (found - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_groups_that_do_not_divide_the_inputs_are_refused(odd, calibration, tmp_path):
+    for method in ("awq", "gptq", "rtn"):
+        with pytest.raises(UserError, match="group-size: expected a divisor of every layer's inputs, got 16 for 42 inputs"):
+            quantize(str(odd(intermediate_size=42)), method, 3, str(tmp_path / "out"), group_size=16, **calibration)
+
+
+def test_killed_at_random_and_resumed_the_files_are_the_same(tiny, calibration, tmp_path):
+    """SIGKILL, five times; each run is a fork made before torch has started any thread."""
+    script = tmp_path / "kills.py"
+    script.write_text("""
+import os, random, signal, sys, time
+import torch, transformers
+from quantize import quantize
+source, out, method, kills = sys.argv[1:]
+random.seed(method)
+torch.set_num_threads(1)
+for kill in [*[True] * int(kills), False]:
+    child = os.fork()
+    if not child:
+        quantize(source, method, 3, out, text="pydoc", samples=3, length=64)
+        os._exit(0)
+    if kill:
+        time.sleep(random.uniform(0.1, 3.0))
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    print(os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), len(os.listdir(out + "/.parts"))
+          if os.path.isdir(out + "/.parts") else "-", flush=True)
+assert status == 0
+""")
+    room = os.path.dirname(os.path.dirname(__file__))
+    for method in ("awq", "gptq"):
+        source = deeper(tiny, tmp_path)
+        killed, whole = tmp_path / f"{method}-killed", tmp_path / f"{method}-whole"
+        for out, kills in ((killed, 5), (whole, 0)):
+            result = run_script(script, source, out, method, kills, env=os.environ | {"PYTHONPATH": room, "OMP_NUM_THREADS": "1"})
+            assert result.returncode == 0, result.stderr[-2000:]
+        for name in {path.name for path in whole.iterdir()} - {"README.md"}:
+            assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+        assert not list(killed.glob(".*"))
+
+
+def deeper(tiny, tmp_path):
+    """The tiny model with six blocks."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.from_pretrained(tiny)
+    config.num_hidden_layers = 6
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(tmp_path / "deep")
+    for file in tiny.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "deep")
+    return tmp_path / "deep"
