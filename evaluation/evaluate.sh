@@ -9,7 +9,7 @@
 #   DATA      folder of local data: bbh/, lambada/, piqa/, mt_bench/ (default: the hub; Figure 15 needs mt_bench/)
 #   K_CHUNKS TEXT WINDOWS LENGTH       of perplexity;  TASKS LIMIT MAX_GEN_TOKS SOME_K   of Figure 14;  QUESTIONS MAX_NEW_TOKENS   of Figure 15
 #   OPENAI_BASE_URL OPENAI_API_KEY JUDGE_MODEL   the judge of Figure 15;  KERNELS   benchmark rows of Figure 12
-#   CLIENTS OTHERS TARGETS             GPUs of Figures 17 and 18 and the tuner's targets;  PYTHON   the interpreter
+#   CLIENTS OTHERS TARGETS             GPUs of Figures 17 and 18 and the tuner's targets;  RESIDUAL_BITS   of Table 2 beside 4;  PYTHON   the interpreter
 set -euo pipefail
 here=$(dirname "$0") setup=$(dirname "$0")/../decdec_setup tuner=$(dirname "$0")/../autotuner
 python=${PYTHON:-python3}
@@ -22,7 +22,7 @@ if [ "$1" = --tiny ]; then
     RESULTS=${RESULTS:-$(mktemp -d)/tiny}
     DATA=$RESULTS/data original=$RESULTS/models/tiny folder=$RESULTS/models/tiny-rtn-w3
     export TEXT=pydoc WINDOWS=2 LENGTH=64 K_CHUNKS="0 8 32" LIMIT=1 QUESTIONS=1 MAX_GEN_TOKS=4 MAX_NEW_TOKENS=8 SOME_K=16
-    export KERNELS=$DATA/kernels.jsonl CLIENTS=4050M OTHERS=H100 TARGETS="50 400" TASKS="bbh_cot_fewshot_*"
+    export KERNELS=$DATA/kernels.jsonl CLIENTS=4050M OTHERS=4050M TARGETS="50 400" RESIDUAL_BITS=16 TASKS="bbh_cot_fewshot_*"
     [ -d "$DATA" ] || "$python" "$here/tiny_data.py" "$DATA"
     [ -f "$original/config.json" ] || "$python" -m decdec.tiny "$original"
     [ -f "$folder/thresholds.pt" ] || "$setup/setup.sh" "$original" rtn 3 "$folder" --text pydoc --samples 4 --length 64
@@ -124,7 +124,7 @@ table2() {
     for k in "${k_chunks[@]}"; do [ "$k" = 0 ] || wide+=("$k"); done
     for folder in "${folders[@]}"; do
         measure perplexity --model "$folder" --k-chunk 0 "${wide[@]}" "${windows[@]}" "${out[@]}"
-        for bits in 2 8 16; do
+        for bits in ${RESIDUAL_BITS:-2 8 16}; do
             residual "$folder" $bits
             local same_traffic=()
             for k in "${wide[@]}"; do [ $((k * 4 / bits)) -gt 1024 ] || same_traffic+=($((k * 4 / bits))); done

@@ -27,17 +27,18 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def rate_ratio(rows: list[dict]) -> float | None:
-    """Memory's rate over the link's from the ceilings in the rows."""
-    rates = {name: [row["gbps"] for row in rows if name in row.get("bench", "") and row.get("gbps")] for name in ("dram", "link")}
-    return max(rates["dram"]) / max(rates["link"]) if all(rates.values()) else None
+def rate_ratio(rows: list[dict], sms: int) -> float | None:
+    """Memory's rate over the link's, from the ceilings measured in the same run."""
+    rates = [max((row["gbps"] for row in rows if (row.get("bench"), row.get("sms")) == (bench, sms)), default=None)
+             for bench in ("device copy", "link gather")]
+    return rates[0] / rates[1] if all(rates) else None
 
 
 def main() -> None:
     arguments = parse_arguments()
     every = [row for path in arguments.rows for row in read_rows(path)]
-    rows = [row for row in every if (row.get("format"), row.get("bits")) == (arguments.format, arguments.bits) and row.get("us")
-            and row.get("k_chunk") is not None and (row["d_in"], row["d_out"]) in SHAPES and row.get("batch", 1) == 1]
+    rows = [row for row in every if row.get("bench") in ("base", "compensated") and row["batch"] == 1
+            and (row["format"], row["bits"]) == (arguments.format, arguments.bits) and (row["d_in"], row["d_out"]) in SHAPES]
     if not rows:
         raise UserError(f"{', '.join(arguments.rows)}: no rows of {arguments.format} weights of {arguments.bits} bits")
     sms = arguments.sms or max(row["sms"] for row in rows)
@@ -46,7 +47,7 @@ def main() -> None:
     if not shapes:
         raise UserError(f"--sms: no compensated rows of {sms} SMs")
     lines = [n_tb for n_tb in arguments.n_tb if any(row["n_tb"] == n_tb and row["k_chunk"] for row in rows)]
-    ratio = arguments.r_bw or rate_ratio(every)
+    ratio = arguments.r_bw or rate_ratio(every, sms)
     with style.figure(arguments.out, height=0.6 + 1.5 * len(shapes), nrows=len(shapes), sharex=True, squeeze=False) as (figure, axes):
         for panel, (d_in, d_out) in zip(axes[:, 0], shapes, strict=True):
             here = [row for row in rows if (row["d_in"], row["d_out"]) == (d_in, d_out)]
@@ -57,9 +58,10 @@ def main() -> None:
             if ratio:
                 panel.axvline(1024 / ratio * arguments.bits / 4, color="black", linewidth=0.8, linestyle=(0, (1, 1)),
                               label="expected knee")
-            panel.set_title(f"{d_in} x {d_out}, base {base:.1f} us, {rows[0]['device']}, {sms} SMs")
+            panel.set_title(f"{d_in} x {d_out}, base {base:.1f} us")
             panel.set_ylabel("Time over base")
             panel.set_ylim(bottom=0.9)
+        figure.suptitle(f"{rows[0]['device']}, {sms} SMs, {arguments.format} {arguments.bits} bits", fontsize=8)
         axes[-1, 0].set_xlabel("$k_{chunk}$ (channels per 1024)")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     written(arguments.out)

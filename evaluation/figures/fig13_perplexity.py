@@ -16,7 +16,7 @@ def main() -> None:
     arguments = parser.parse_args()
     lines, original = by_k_chunk(bench_rows(arguments.rows, "perplexity", TEXT), "perplexity", arguments.selection)
     if not lines:
-        raise UserError(f"{', '.join(arguments.rows)}: no perplexity rows of quantized models with selection {arguments.selection}")
+        raise UserError(f"{', '.join(arguments.rows)}: no perplexity rows of compensated models with selection {arguments.selection}")
     with style.figure(arguments.out) as (_, axes):
         draw_k_chunk(axes, lines, original, "Perplexity")
         axes.legend()

@@ -49,7 +49,8 @@ def by_k_chunk(rows: Iterable[dict], value: str, selection: str) -> tuple[dict[s
             original.append(row[value])
         elif row["selection"] == "none" or (row["selection"] == selection and (row.get("nested") or row["residual_bits"] in (None, 4))):
             lines[label(row)][row["k_chunk"]].append(row[value])
-    means = {name: {k: sum(points[k]) / len(points[k]) for k in sorted(points)} for name, points in sorted(lines.items())}
+    # A model that was never compensated has no line.
+    means = {name: {k: sum(points[k]) / len(points[k]) for k in sorted(points)} for name, points in sorted(lines.items()) if any(points)}
     return means, sum(original) / len(original) if original else None
 
 

@@ -47,7 +47,7 @@ def test_perplexity_alone(everything, original, folder):
 @pytest.mark.parametrize("command", SCRIPTS)
 def test_a_script(everything, folder, data, tmp_path, command):
     places = {"FOLDER": folder, "DATA": data, "MT": everything / "mt_bench", "PLAN": everything / "plans/tiny-rtn-w3-4050M.json",
-              "ROWS": everything.with_name(f"{everything.name}.jsonl"), "gpt-4o": "stand-in", "wikitext": "pydoc",
+              "ROWS": everything.with_name(f"{everything.name}.jsonl"), "gpt-4o_single": "stand-in_single", "wikitext": "pydoc",
               "evaluation": ROOT / "evaluation"}
     words = shlex.split(re.sub(rf"\b({'|'.join(places)})\b", lambda match: str(places[match.group()]), command))
     script = next((Path(word).name for word in words if word.endswith(".py")), "")
