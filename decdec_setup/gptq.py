@@ -17,6 +17,7 @@ from decdec.errors import UserError
 
 from blocks import BlockRunner, block_linears
 from groups import find_groups, watch
+from quantized_blocks import PARTS
 from uniform import encode, grid, pack_grid
 
 DAMPING = 0.01  # of the mean diagonal of H, added to it: GPTQ's own choice
@@ -45,7 +46,7 @@ def quantize_blocks(runner: BlockRunner, bits: Sequence[int], group_size: int, t
             tensors = part(index)
         if index < max(todo):
             for name, module in block_linears(runner, index, block).items():
-                packed = (tensors[f"{name}.{key}"] for key in ("qweight", "scales", "zeros"))
+                packed = (tensors[f"{name}.{key}"].to(module.weight.device) for key in PARTS["uniform"])
                 module.weight.copy_(reference.uniform_dequantize(*packed, module.in_features, torch.float32))
             hidden = [runner.call(index, block, state).to(runner.dtype) for state in hidden]
         if index in todo:

@@ -1,0 +1,101 @@
+import pytest
+import torch
+
+from decdec.artifacts import load_cheatsheet, load_thresholds, read_quant_config
+from decdec.errors import UserError
+from decdec.files import append_row
+from decdec.models import decoder_linears, load_model, load_tokenizer
+from decdec.testing import run_script
+from decdec import text
+from decdec.text import calibration_samples, load_text
+
+import describe
+from cheatsheet import make_cheatsheet
+from quantized_blocks import QuantizedBlocks
+from scaling import read_scaling, scale_model
+from thresholds import make_thresholds
+
+
+@pytest.fixture(scope="module")
+def finished(quantized, calibration):
+    folder = quantized("awq")
+    make_cheatsheet(folder)
+    make_thresholds(folder, **calibration)
+    return folder
+
+
+@torch.no_grad()
+def test_stored_statistics_are_those_of_the_scaled_model(tiny, finished, calibration):
+    quant = read_quant_config(finished)
+    seen = load_thresholds(finished / "thresholds.pt", quant)
+    sheet = load_cheatsheet(finished / "cheatsheet.pt", quant)
+    model = scale_model(load_model(str(tiny), torch.float32), read_scaling(finished))
+    tokens = calibration_samples(load_text("pydoc", "calibration"), load_tokenizer(str(tiny)), 3, 64, 0)
+    outputs = {name: [] for name in decoder_linears(model)}
+    for name, module in decoder_linears(model).items():
+        module.register_forward_hook(lambda module, args, output, seen=outputs[name]: seen.append(output.flatten(0, 1)))
+    model(tokens)
+    for name, module in decoder_linears(model).items():
+        residual = module.weight - QuantizedBlocks(finished).weight(name, module.weight.shape)
+        torch.testing.assert_close(seen.row_energy[name], residual.square().sum(0), rtol=1e-2, atol=1e-6)
+        expected = torch.cat(outputs[name]).square().sum(1).mean()
+        torch.testing.assert_close(seen.output_energy[name], expected, rtol=2e-2, atol=1e-6)
+        weight, whole, left = sheet.norms[name]
+        assert weight == pytest.approx(float(module.weight.norm()), rel=1e-3)
+        assert whole == pytest.approx(float(residual.norm()), rel=1e-2) and left < 0.3 * whole
+
+
+def test_the_table_holds_every_byte_and_the_card_the_perplexity(finished, tmp_path):
+    quant = read_quant_config(finished)
+    kinds, rest = describe.collect(finished, quant)
+    sheet = load_cheatsheet(finished / "cheatsheet.pt", quant)
+    assert {key[0] for key in kinds} == {"qkv", "o", "gu", "d"} and sum(kind.layers for kind in kinds.values()) == 14
+    scales = sum(scale.nbytes for scale in sheet.scale.values())
+    held = sum(kind.device_bytes for kind in kinds.values()) + rest - scales
+    header = 100_000
+    assert 0 <= (finished / "model.safetensors").stat().st_size - held < header
+    assert sum(kind.host_bytes for kind in kinds.values()) == sum(rows.nbytes for rows in sheet.residual.values())
+    assert ("d", 192, 1088, 3) in kinds
+    rows = tmp_path / "rows.jsonl"
+    append_row(rows, {"weights_hash": quant.weights_hash, "text": "some", "windows": 2, "window_length": 8, "k_chunk": 16,
+                      "perplexity": 12.3456})
+    append_row(rows, {"weights_hash": "other", "perplexity": 99.0})
+    done = run_script(describe.__file__, finished, "--card", "--results", rows)
+    assert done.returncode == 0, done.stderr
+    assert "gu " in done.stdout and "% " in done.stdout
+    content = (finished / "README.md").read_text()
+    assert "| some | 2 x 8 | 16 | 12.346 |" in content and "99.000" not in content and "base_model: tiny" in content
+    assert "--method awq --bits 3 --group-size 64 --text pydoc --samples 3 --length 64 --seed 0" in content
+
+
+def test_a_long_text_is_drawn_from_by_the_seed(tiny, monkeypatch):
+    documents = tuple(f"{i:04d}" * 200 for i in range(100))
+    tokenizer = load_tokenizer(str(tiny))
+    whole = calibration_samples(text.Text("t", documents), tokenizer, 4, 16, 0)
+    monkeypatch.setattr(text, "CALIBRATION_CHARACTERS", 3000)
+    seen = []
+    windows = text.windows
+    monkeypatch.setattr(text, "windows", lambda source, *rest: seen.append(source) or windows(source, *rest))
+    drawn = [calibration_samples(text.Text("t", documents), tokenizer, 4, 16, seed) for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2]) and whole.shape == drawn[0].shape
+    assert len(seen[0].documents) == 4 and set(seen[0].documents) < set(documents)
+
+
+def test_texts_of_the_hub_carry_their_revision_and_parts_are_disjoint(monkeypatch):
+    import datasets
+
+    asked = {}
+
+    def load(repository, revision, **options):
+        asked.update(repository=repository, revision=revision, **options)
+        return {"text": [f"document {i}" for i in range(7)]}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(text, "_revision", lambda repository: "0123456789abcdef" if "pile" in repository else None)
+    calibration, evaluation = (load_text("pileval", part) for part in ("calibration", "evaluation"))
+    assert asked["revision"] == "0123456789abcdef" and calibration.name == "pileval-calibration@0123456789ab"
+    assert not set(calibration.documents) & set(evaluation.documents) and len(calibration.documents + evaluation.documents) == 7
+    assert load_text("c4", "calibration").name == "c4-train-0"
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: 1 / 0)
+    with pytest.raises(UserError, match="pileval could not be loaded from the hub"):
+        load_text("pileval", "calibration")
