@@ -18,9 +18,9 @@ from decdec.reference import CHUNK
 class Rates:
     """What bounds a GPU. ``dram_gb_s`` and ``link_gb_s`` are rates reached, not advertised.
 
-    The defaults of the others: one fetching block reaches 9 GB/s of link and fetching costs 6.5 us besides its bytes, as a
-    first kernel showed on an H100 (2026-11-22); a base GEMV needs 60 % of the SMs to keep its full rate, an assumption that
-    agrees with the paper's 4050M, where 8 of 20 SMs may fetch and 16 may not.
+    The defaults of the others: one fetching block reaches 9 GB/s of link and fetching costs 6.5 us besides its bytes, as
+    a first kernel showed on an H100 (2026-11-22); a base GEMV needs 60 % of the SMs to keep its full rate, an assumption
+    that agrees with the paper's 4050M, where 8 of 20 SMs may fetch and 16 may not.
     """
 
     dram_gb_s: float

@@ -73,7 +73,7 @@ def random_weights(name: str, bits: float, format: str) -> Shapes:
         raise UserError(f"bits: expected 2 to 4, or a half between them, got {bits:g}")
     group = None if format == "codebook" else 128
     layers = tuple(Layer(kind, b, *widths[kind], count, format, group) for b, count in parts.items() for kind in KINDS)
-    return Shapes(name, "random", layers, 2 * hidden * vocabulary)
+    return Shapes(name, f"random {format}", layers, 2 * hidden * vocabulary)
 
 
 def from_folder(folder: str | Path) -> Shapes:
