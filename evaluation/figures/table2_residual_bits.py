@@ -32,6 +32,8 @@ def tables(rows: list[dict], selection: str) -> list[str]:
                   "| traffic (4-bit k_chunk) | " + " | ".join(f"{bits} bits" for bits in BITS) + " |", "|---|" + "---|" * len(BITS)]
         for traffic in sorted({traffic for traffic, _ in values}):
             group = {bits: values.get((traffic, bits)) for bits in BITS}
+            if sum(value is not None for value in group.values()) < 2:
+                continue
             best = min(value for value in group.values() if value is not None)
             marked = [f"{'**' * (value == best)}{value:.2f}{'**' * (value == best)} (k {traffic // bits})" if value else "-"
                       for bits, value in group.items()]
