@@ -79,6 +79,7 @@ def test_folding_scales_leaves_the_logits_unchanged(family, calibration, tmp_pat
             torch.testing.assert_close(stored[key].float(), value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
 def test_full_residuals_restore_the_original(family, calibration, tmp_path, name, method):
     folder = family(name)
