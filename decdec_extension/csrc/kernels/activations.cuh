@@ -30,7 +30,7 @@ __device__ inline void load_row(const void* x, int row, int d_in, int begin, int
   const auto to = [&](int piece) {  // eight inputs
     return reinterpret_cast<uint16_t*>(digits + piece / 8 * kUnitBytes + kRawOffset) + piece % 8 * 8;
   };
-  const int pieces = 8 * (end - begin), whole = d_in % 8 == 0 ? min(d_in / 8 - 8 * begin, pieces) : 0;
+  const int pieces = 8 * (end - begin), whole = d_in % 8 == 0 ? max(min(d_in / 8 - 8 * begin, pieces), 0) : 0;
 #pragma unroll 4
   for (int piece = lane; piece < whole; piece += 32) {
     *reinterpret_cast<uint4*>(to(piece)) = __ldg(reinterpret_cast<const uint4*>(from + 64 * begin) + piece);

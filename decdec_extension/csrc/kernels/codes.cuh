@@ -124,8 +124,8 @@ struct CodebookTile {
 
   // Multiplies unit u of a batch. digits(n): the B registers (b0, b1 of k-step 0, b0, b1 of k-step 1) of row pair n.
   template <class Digits, class Sums>
-  __device__ __forceinline__ void multiply(const uint32_t (&words)[kBits], Digits digits, Sums, const uint8_t*, int, int, int,
-                                           int) {
+  __device__ __forceinline__ void multiply(const uint32_t (&words)[kBits], Digits digits, Sums, const uint8_t*, int, int, bool,
+                                           int, int) {
     uint32_t groups[4];
     split_groups<kBits>(words, groups);
     uint4 b[kRowPairs];
@@ -199,7 +199,7 @@ struct UniformTile {
     const int slot_inputs = slot_size(w.group_size);
     const int row = tile * kTileRows + 2 * (lane % 8);
     const uint16_t* p = lane % 16 < 8 ? w.scales : w.zeros;
-    for (int slot = lane / 16; slot * slot_inputs < kBatchUnits * kUnitInputs; slot += 2) {
+    for (int slot = lane / 16; slot * slot_inputs < batch_units(Format::kUniform, kBits) * kUnitInputs; slot += 2) {
       const int input = unit * kUnitInputs + slot * slot_inputs;
       const bool inside = input < w.d_in && row < w.d_out;
       const int64_t at = inside ? int64_t{input / w.group_size} * w.d_out + row : 0;
@@ -238,14 +238,15 @@ struct UniformTile {
     }
   }
 
-  // Multiplies unit u of a batch, of which `count` are multiplied. x_sums(n): the sums of the lane's digits in both k-steps.
+  // Multiplies unit u of a batch; `parity` is u % 2, `last` whether none follows. x_sums(n): the sums of the lane's digits in
+  // both k-steps.
   template <class Digits, class Sums>
   __device__ __forceinline__ void multiply(const uint32_t (&words)[kBits], Digits digits, Sums x_sums, const uint8_t* side,
-                                           int u, int count, int slot_inputs, int lane) {
+                                           int u, int parity, bool last, int slot_inputs, int lane) {
     uint32_t a[2][4];
     operands(words, a);
     if (slot_inputs == 64) enter_slot(side, u, lane);
-    if (slot_inputs == 128 && u % 2 == 0) enter_slot(side, u / 2, lane);
+    if (slot_inputs == 128 && parity == 0) enter_slot(side, u / 2, lane);
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       if (slot_inputs == 32) enter_slot(side, 2 * u + s, lane);
@@ -258,7 +259,7 @@ struct UniformTile {
       }
       if (slot_inputs == 32 && s == 0) leave_slot(lane);
     }
-    if (slot_inputs != 128 || u % 2 == 1 || u + 1 == count) leave_slot(lane);
+    if (slot_inputs != 128 || parity == 1 || last) leave_slot(lane);
   }
 
   __device__ __forceinline__ float value(int n, int h, int, const int (&)[2]) const { return sum[n][h]; }

@@ -9,33 +9,48 @@
 
 namespace decdec::cuda {
 
-// An output's way out. In a compensated GEMV the two roles' sums meet in the workspace: whoever comes second takes the other's
-// sum out and writes the output. One atomic exchange carries a sum and the mark that it is there, so neither fence nor counter
-// is needed, and the sum of two numbers does not depend on their order.
-struct Output {
+// The way out of a thread's outputs, up to kPlaces at a time. In a compensated GEMV the two roles' sums meet in the workspace:
+// whoever comes second takes the other's sum out and writes the output. One atomic exchange carries a sum and the mark that it
+// is there, so neither fence nor counter is needed, and the sum of two numbers does not depend on their order.
+template <int kPlaces>
+struct Outputs {
   const GemvParams& p;
-  int64_t at = -1;  // of a sum that was left, until finish() has seen what was there
-  uint64_t found;
-  float value;
+  int64_t at[kPlaces];  // of sums that were left, until finish() has seen what was there; or -1
+  uint64_t found[kPlaces];
+  float sum[kPlaces];
 
-  __device__ __forceinline__ explicit Output(const GemvParams& p) : p(p) {}
+  __device__ __forceinline__ explicit Outputs(const GemvParams& p) : p(p) {
+#pragma unroll
+    for (int n = 0; n < kPlaces; ++n) at[n] = -1;
+  }
 
-  __device__ __forceinline__ void put(int row, int o, float sum) {
-    const int64_t place = int64_t{row} * p.weights.d_out + o;
-    if (p.compensation.n_tb == 0) return store_element(p.out, place, p.dtype, sum);
+  // Negative outputs are none.
+  __device__ __forceinline__ void put(int row, const int (&outputs)[kPlaces], const float (&values)[kPlaces]) {
     finish();
-    at = place, value = sum;
-    found = atomicExch(reinterpret_cast<unsigned long long*>(p.compensation.workspace) + place,
-                       uint64_t{1} << 32 | __float_as_uint(sum));
+#pragma unroll
+    for (int n = 0; n < kPlaces; ++n) {
+      if (outputs[n] < 0) continue;
+      const int64_t place = int64_t{row} * p.weights.d_out + outputs[n];
+      if (p.compensation.n_tb == 0) {
+        store_element(p.out, place, p.dtype, values[n]);
+      } else {
+        at[n] = place, sum[n] = values[n];
+        found[n] = atomicExch(reinterpret_cast<unsigned long long*>(p.compensation.workspace) + place,
+                              uint64_t{1} << 32 | __float_as_uint(values[n]));
+      }
+    }
   }
 
   // To be called some time after the last put: the exchange's answer takes about a microsecond.
   __device__ __forceinline__ void finish() {
-    if (at >= 0 && found != 0) {
-      store_element(p.out, at, p.dtype, value + __uint_as_float(uint32_t(found)));
-      p.compensation.workspace[at] = 0;
+#pragma unroll
+    for (int n = 0; n < kPlaces; ++n) {
+      if (at[n] >= 0 && found[n] != 0) {
+        store_element(p.out, at[n], p.dtype, sum[n] + __uint_as_float(uint32_t(found[n])));
+        p.compensation.workspace[at[n]] = 0;
+      }
+      at[n] = -1;
     }
-    at = -1;
   }
 };
 
@@ -50,7 +65,7 @@ __device__ inline void compensate(const GemvParams& p, uint8_t* shared) {
   const auto value = [&](int row, int channel) {
     return load_element(p.x, int64_t{row} * d_in + channel, p.dtype) - (c.center ? __ldg(c.center + channel) : 0.f);
   };
-  Output output(p);
+  Outputs<kEmitted> out(p);
   for (int row = 0; row < p.batch; ++row) {
     __syncthreads();
     for (int chunk = warp; chunk * kChunk < d_in; chunk += kWarps) {
@@ -70,10 +85,10 @@ __device__ inline void compensate(const GemvParams& p, uint8_t* shared) {
             factor = kept ? values[i] : value(row, channel);
             return channel;
           },
-          [&](int o, float sum) { output.put(row, o, sum); });
+          [&](const int(&outputs)[kEmitted], const float(&values)[kEmitted]) { out.put(row, outputs, values); });
     });
   }
-  output.finish();
+  out.finish();
 }
 
 template <Format kFormat, int kBits, int kRowPairs>
@@ -87,20 +102,20 @@ __global__ __launch_bounds__(kThreads, 2) void gemv_kernel(const __grid_constant
     return;
   }
   const int block = blockIdx.x - c.n_tb;
-  Output output(p);
+  Outputs<1> out(p);
   const auto emit = [&](int row, int o, float sum) {
-    output.put(row, o, p.bias ? sum + load_element(p.bias, o, p.dtype) : sum);
+    out.put(row, {o}, {p.bias ? sum + load_element(p.bias, o, p.dtype) : sum});
   };
   if constexpr (kFormat == Format::kUniform) {
     if (p.plan.generic) {
       wait_for_last_kernel();
       generic_gemv<kBits>(p, block, emit);
-      output.finish();
+      out.finish();
       return;
     }
   }
   base_gemv<kFormat, kBits, kRowPairs>(p, block, shared, emit);
-  output.finish();
+  out.finish();
 }
 
 }  // namespace decdec::cuda

@@ -42,7 +42,7 @@ __device__ __forceinline__ float weight_at(const Weights& w, int o, int i) {
 }
 
 // A warp's copies, batch after batch in the order of the products, across tiles and panels.
-template <class Tile, int kBits>
+template <class Tile, int kBits, int kBatchUnits>
 struct Stream {
   static constexpr int kUnitBytesPacked = kBits * 128;
   static constexpr int kBufferBytes = kBatchUnits * kUnitBytesPacked + Tile::kSideBytes;
@@ -104,7 +104,8 @@ template <Format kFormat, int kBits, int kRowPairs, class Emit>
 __device__ __forceinline__ void base_gemv(const GemvParams& p, int block, uint8_t* shared, Emit emit) {
   using Tile = std::conditional_t<kFormat == Format::kCodebook, CodebookTile<kBits, kRowPairs>,
                                   UniformTile<kBits, kRowPairs>>;
-  using Stream = Stream<Tile, kBits>;
+  constexpr int kBatchUnits = batch_units(kFormat, kBits);
+  using Stream = Stream<Tile, kBits, kBatchUnits>;
   const Weights& w = p.weights;
   const GemvPlan& plan = p.plan;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -164,27 +165,25 @@ __device__ __forceinline__ void base_gemv(const GemvParams& p, int block, uint8_
         const uint32_t* codes = reinterpret_cast<const uint32_t*>(buffer) + lane;
         BufferBarrier(barriers + stage).wait(parity);
         if (unit == begin) sum.begin(side, lane);
-        const int count = end - unit;
-        const auto multiply = [&](int u) {
+        const int count = min(end - unit, kBatchUnits);
+        const auto multiply = [&](int u, int parity) {
           uint32_t words[kBits];
 #pragma unroll
           for (int i = 0; i < kBits; ++i) words[i] = codes[(u * kBits + i) * 32];
           const int at = unit - begin + u;
           sum.multiply(
-              words,
-              [&](int n) {
-                return *reinterpret_cast<const uint4*>(lane_digits[n] + at * kUnitBytes);
-              },
-              [&](int n) { return *reinterpret_cast<const float2*>(lane_sums[n] + at * 4); }, side, u, min(count, kBatchUnits),
-              slot_inputs, lane);
+              words, [&](int n) { return *reinterpret_cast<const uint4*>(lane_digits[n] + at * kUnitBytes); },
+              [&](int n) { return *reinterpret_cast<const float2*>(lane_sums[n] + at * 4); }, side, u, parity,
+              u + 1 == count, slot_inputs, lane);
         };
-        if (count >= kBatchUnits) {
-#pragma unroll
-          for (int u = 0; u < kBatchUnits; ++u) multiply(u);
-        } else {
+        int u = 0;
 #pragma unroll 1
-          for (int u = 0; u < count; ++u) multiply(u);
+        for (; u + 4 <= count; u += 4) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) multiply(u + j, j % 2);
         }
+#pragma unroll 1
+        for (; u < count; ++u) multiply(u, u % 2);
         if (++stage == plan.stages) stage = 0, parity ^= 1;
         __syncwarp();  // the buffer has been read: it may be filled again
         stream.copy_next();

@@ -15,10 +15,15 @@ constexpr int kChunk = 1024;
 constexpr int kBuckets = 32;
 constexpr int kWarps = 8;  // of every block of the GEMV kernels
 constexpr int kThreads = 32 * kWarps;
-constexpr int kBatchUnits = 4;                // units a warp copies and multiplies at a time
+
+// Units a warp copies and multiplies at a time: eight amortise the copies better, but of wider data they leave too
+// little shared memory for the activations of a long row.
+constexpr int batch_units(Format format, int bits) { return format == Format::kCodebook && bits <= 3 ? 8 : 4; }
+
 // Bytes of a buffer's side data: a row tile's codebook and scales, or the scales and zero points of a batch of units.
 constexpr int side_bytes(Format format, int bits) {
-  return format == Format::kCodebook ? kTileRows * ((2 << bits) + 4) : kBatchUnits * kUnitInputs / 32 * 4 * kTileRows;
+  return format == Format::kCodebook ? kTileRows * ((2 << bits) + 4)
+                                      : batch_units(format, bits) * kUnitInputs / 32 * 4 * kTileRows;
 }
 constexpr int kUnitBytes = 192;               // of the activations' digits of a unit of one batch row (activations.cuh)
 constexpr int kUnitSumBytes = 16;             // and of their sums

@@ -55,7 +55,12 @@ __global__ __launch_bounds__(kThreads) void residual_gemv_kernel(const void* x, 
         factor = load_element(x, row * d_in + channel, dtype) - (c.center ? __ldg(c.center + channel) : 0.f);
         return channel;
       },
-      [&](int o, float sum) { store_element(out, row * d_out + o, dtype, sum); });
+      [&](const int(&outputs)[kEmitted], const float(&values)[kEmitted]) {
+#pragma unroll
+        for (int n = 0; n < kEmitted; ++n) {
+          if (outputs[n] >= 0) store_element(out, row * d_out + outputs[n], dtype, values[n]);
+        }
+      });
 }
 
 }  // namespace decdec::cuda

@@ -81,7 +81,7 @@ __device__ inline uint32_t select_chunk(const int (&keys)[kLaneChannels], int co
   largest = __reduce_max_sync(0xffffffff, largest);
   const int finite = count_at_least(keys, 0);
   int low = 0, high = largest + 1;  // at least `count` keys reach low, fewer reach high
-  int at_high = 0;
+  int at_high = 0;                  // how many reach high
   bool met = finite <= count;
   // The first guess is an octave below the largest, where few of many normally distributed numbers are left.
   int middle = octave && largest > octave ? largest - octave : high / 2;

@@ -9,9 +9,11 @@ namespace {
 
 constexpr int kMaxBlocksPerSm = 2;  // as the kernel's registers allow
 constexpr int kReserved = 1024;     // bytes of shared memory a block that the driver keeps
-// More weights on the way would only delay what queues behind them: with 7 stages 3-bit 4096x28672 took 28 us, with 3 20 us
-// (H100, 2026-11-22). Uniform weights, whose scales come with every stage, are fastest with 2.
-constexpr int kCodebookStages = 3, kUniformStages = 2;
+// Batches of weights on the way, as many as keep the memory busy: more only delay what queues behind them. With 7 batches of
+// four units 3-bit 4096x28672 took 28 us, with 3 20 us (H100, 2026-11-22). Scales that come with every batch count as well.
+constexpr int stages_of(Format format, int bits) {
+  return format == Format::kCodebook && batch_units(format, bits) == 4 ? 3 : 2;
+}
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 int round_up(int a, int b) { return ceil_div(a, b) * b; }
@@ -21,7 +23,7 @@ bool fit(GemvPlan& plan, int budget, Format format, int bits, const Weights& wei
   const int units = ceil_div(weights.d_in, kUnitInputs), tiles = ceil_div(weights.d_out, kTileRows);
   const bool uniform = format == Format::kUniform;
   const int align = uniform ? 2 : 1;  // a batch of units begins where a pair of units does: scales are read in pairs
-  const int buffer_bytes = kBatchUnits * bits * 128 + side_bytes(format, bits);
+  const int buffer_bytes = batch_units(format, bits) * bits * 128 + side_bytes(format, bits);
   const int stage_bytes = kWarps * (buffer_bytes + 8);  // with its barrier
   const int unit_bytes = kWarps * batch * (kUnitBytes + (uniform ? kUnitSumBytes : 0));
   const int partial_bytes = 2 * kWarps * kTileRows * batch * 4;
@@ -31,7 +33,7 @@ bool fit(GemvPlan& plan, int budget, Format format, int bits, const Weights& wei
     plan.panels = ceil_div(units, kWarps * plan.units_per_warp);
     const int carry_bytes = plan.panels == 1 ? 0 : ceil_div(tiles, plan.blocks) * kTileRows * batch * 4;
     const int rest = budget - plan.units_per_warp * unit_bytes - partial_bytes - carry_bytes;
-    plan.stages = std::min(rest / stage_bytes, uniform ? kUniformStages : kCodebookStages);
+    plan.stages = std::min(rest / stage_bytes, stages_of(format, bits));
     if (plan.stages < 2) {
       if (plan.units_per_warp > align) continue;
       return false;
