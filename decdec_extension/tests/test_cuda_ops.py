@@ -47,9 +47,13 @@ def assert_as_good(out, bias, *terms):
     magnitude = sum(x.double().abs() @ dense.abs() for x, dense in terms)
     if bias is not None:
         truth, pytorch = truth + bias.double(), pytorch + bias
-    assert out.shape == truth.shape and out.isfinite().all()
-    error, allowed = ((result.double() - truth).abs().max() for result in (out, pytorch))
-    slack = torch.finfo(dtype).eps * truth.abs().max() + 2**-20 * magnitude.max()
+    assert out.shape == truth.shape
+    inside = truth.abs() < 0.9 * torch.finfo(dtype).max  # large random inputs overflow float16, rightly
+    assert out[inside].isfinite().all()
+    if not inside.any():
+        return
+    error, allowed = ((result.double() - truth)[inside].abs().nan_to_num(0).max() for result in (out, pytorch))
+    slack = torch.finfo(dtype).eps * truth[inside].abs().max() + 2**-20 * magnitude.max()
     assert error <= 2 * allowed + slack, f"error {error:.3g}, PyTorch's {allowed:.3g}, slack {slack:.3g}"
 
 
