@@ -9,18 +9,18 @@ outputs of the quantized ones before it.
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from decdec import reference
 from decdec.errors import UserError
 
 from blocks import BlockRunner, block_linears
-from groups import find_groups, watch
+from groups import Group, find_groups, watch
 from quantized_blocks import PARTS
 from uniform import encode, grid, pack_grid
 
-DAMPING = 0.01  # of the mean diagonal of H, added to it: GPTQ's own choice
+DAMPING = 0.01  # of the mean diagonal of H, added to it: GPTQ's own choice for calibration text without end
 COLUMNS_AT_ONCE = 128  # what lies beyond is updated by one product for so many columns
 
 
@@ -41,7 +41,7 @@ def quantize_blocks(runner: BlockRunner, bits: Sequence[int], group_size: int, t
                     runner.call(index, block, state)
             tensors: dict[str, Tensor] = {}
             for group in groups:
-                tensors |= _quantize_group(group.linears, group.gram, bits[index], group_size, act_order)
+                tensors |= _quantize_group(group, bits[index], group_size, act_order)
         else:
             tensors = part(index)
         if index < max(todo):
@@ -53,13 +53,14 @@ def quantize_blocks(runner: BlockRunner, bits: Sequence[int], group_size: int, t
             yield index, tensors
 
 
-def _quantize_group(linears: dict[str, nn.Linear], gram: Tensor, bits: int, group_size: int,
-                    act_order: bool) -> dict[str, Tensor]:
+def _quantize_group(group: Group, bits: int, group_size: int, act_order: bool) -> dict[str, Tensor]:
     """Packed tensors of layers that read the same input; their rows go through the columns together."""
+    linears = group.linears
     for name, module in linears.items():
         if not bool(module.weight.isfinite().all()):
             raise UserError(f"model: {name} has weights that are not finite")
-    results = quantize_rows(torch.cat([module.weight for module in linears.values()]), gram, bits, group_size, act_order)
+    weight = torch.cat([module.weight for module in linears.values()])
+    results = quantize_rows(weight, group.gram, group.tokens, bits, group_size, act_order)
     widths = [module.out_features for module in linears.values()]
     tensors: dict[str, Tensor] = {}
     for name, codes, scale, zero in zip(linears, *(result.split(widths) for result in results)):
@@ -67,11 +68,11 @@ def _quantize_group(linears: dict[str, nn.Linear], gram: Tensor, bits: int, grou
     return tensors
 
 
-def quantize_rows(weight: Tensor, gram: Tensor, bits: int, group_size: int,
+def quantize_rows(weight: Tensor, gram: Tensor, tokens: int, bits: int, group_size: int,
                   act_order: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 ``(d_out, d_in)``, scales and zeros float32 ``(d_out, groups)`` of float32 weights ``(d_out, d_in)``.
 
-    ``gram`` is ``X X^T`` ``(d_in, d_in)`` of the inputs. A group's grid is laid when its first channel is reached. With
+    ``gram`` is ``X X^T`` ``(d_in, d_in)`` of ``tokens`` inputs. A group's grid is laid when its first channel is reached. With
     ``act_order`` channels are taken by falling energy instead, and every grid is laid beforehand.
     """
     d_in = weight.shape[1]
@@ -81,7 +82,7 @@ def quantize_rows(weight: Tensor, gram: Tensor, bits: int, group_size: int,
     group_of = (order // group_size).tolist()
     grouped = weight.unflatten(1, (-1, group_size))
     scale, zero = grid(grouped.amin(-1), grouped.amax(-1), bits)
-    upper = inverse_factor(gram[order][:, order])
+    upper = inverse_factor(gram[order][:, order], tokens)
     weight = weight[:, order]
     codes = torch.empty_like(weight, dtype=torch.uint8)
     step = -(-COLUMNS_AT_ONCE // group_size) * group_size
@@ -104,13 +105,18 @@ def quantize_rows(weight: Tensor, gram: Tensor, bits: int, group_size: int,
     return natural, scale, zero
 
 
-def inverse_factor(gram: Tensor) -> Tensor:
-    """Upper triangular ``U`` with ``(gram + damping)^-1 = U^T U``, float32; more damping where rounding needs it."""
+def inverse_factor(gram: Tensor, tokens: int) -> Tensor:
+    """Upper triangular ``U`` with ``(gram + damping)^-1 = U^T U``, float32; more damping where rounding needs it.
+
+    The spectrum of a covariance estimated from ``tokens`` inputs is off by about ``d_in / tokens`` of its mean. Without as much
+    damping the errors are fitted to that noise: SmolLM2's ``down``, 1536 wide, then errs more than rounding to nearest on
+    text that was not calibrated on, at 4096 tokens by 17 %, and with it less by 14 to 18 %.
+    """
     mean = float(gram.diagonal().mean())
     if mean != mean or mean == float("inf"):
         raise UserError("model: calibration gives activations that are not finite")
     eye = torch.eye(len(gram), device=gram.device)
-    damping = DAMPING * mean if mean > 0 else 1.0
+    damping = (DAMPING + len(gram) / tokens) * mean if mean > 0 else 1.0
     while True:
         # Reversed rows and columns turn the lower Cholesky factor into an upper one: gram = V V^T, so U = V^-1.
         lower, failed = torch.linalg.cholesky_ex((gram + damping * eye).flip(0, 1))

@@ -12,10 +12,10 @@ from quantize import quantize
 from uniform import fake_quantize, grid
 
 
-def one_by_one(weight, gram, bits, group_size, order):
+def one_by_one(weight, gram, tokens, bits, group_size, order):
     """GPTQ as its paper derives it: float64, the inverse of what is left of H kept by elimination, one column after another."""
     weight, inverse = weight.double().clone(), gram.double()
-    inverse = torch.linalg.inv(inverse + 0.01 * inverse.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64))
+    inverse = torch.linalg.inv(inverse + (0.01 + len(gram) / tokens) * inverse.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64))
     result = torch.zeros_like(weight)
     natural = bool((order == torch.arange(len(order))).all())
     fixed = [grid(part.amin(1).float(), part.amax(1).float(), bits) for part in weight.split(group_size, dim=1)]
@@ -55,33 +55,33 @@ def dense(codes, scale, zero, group_size):
 def test_gptq_errs_as_the_straightforward_algorithm(group_size, act_order):
     weight, gram = correlated(192)
     order = torch.argsort(gram.diagonal(), descending=True) if act_order else torch.arange(192)
-    wanted = one_by_one(weight, gram, 3, group_size, order).float()
-    found = dense(*gptq.quantize_rows(weight.clone(), gram, 3, group_size, act_order), group_size)
+    wanted = one_by_one(weight, gram, 600, 3, group_size, order).float()
+    found = dense(*gptq.quantize_rows(weight.clone(), gram, 600, 3, group_size, act_order), group_size)
     # One rounding that falls the other way in float32 changes the rest of its row, so most weights agree, not all.
     assert ((found - wanted).abs() < 1e-4).float().mean() > 0.9
     rounded = fake_quantize(weight.unflatten(1, (-1, group_size)), 3).flatten(1)
     errors = [output_error(each, weight, gram) for each in (found, wanted, rounded)]
-    assert abs(errors[0] - errors[1]) < 0.02 * errors[1] and errors[0] < 0.6 * errors[2]
+    assert abs(errors[0] - errors[1]) < 0.02 * errors[1] and errors[0] < 0.7 * errors[2]
 
 
 def test_uncorrelated_inputs_are_rounded_to_nearest():
     weight, _ = correlated(128)
-    found = dense(*gptq.quantize_rows(weight.clone(), torch.eye(128), 4, 32), 32)
+    found = dense(*gptq.quantize_rows(weight.clone(), torch.eye(128), 128, 4, 32), 32)
     torch.testing.assert_close(found, fake_quantize(weight.unflatten(1, (-1, 32)), 4).flatten(1))
 
 
 def test_the_factor_is_that_of_the_damped_inverse():
     _, gram = correlated(64)
-    upper = gptq.inverse_factor(gram).double()
-    damped = gram.double() + gptq.DAMPING * gram.double().diagonal().mean() * torch.eye(64)
+    upper = gptq.inverse_factor(gram, 600).double()
+    damped = gram.double() + (gptq.DAMPING + 64 / 600) * gram.double().diagonal().mean() * torch.eye(64)
     torch.testing.assert_close(upper.t() @ upper @ damped, torch.eye(64, dtype=torch.float64), rtol=1e-3, atol=1e-3)
     assert torch.equal(upper, upper.triu())
     # Channels that are never active, or copies of each other, leave it finite.
     gram[3] = gram[:, 3] = 0
-    assert gptq.inverse_factor(gram).isfinite().all() and gptq.inverse_factor(torch.zeros(8, 8)).isfinite().all()
-    assert gptq.inverse_factor(torch.ones(64, 64)).isfinite().all()
+    assert gptq.inverse_factor(gram, 600).isfinite().all() and gptq.inverse_factor(torch.zeros(8, 8), 9).isfinite().all()
+    assert gptq.inverse_factor(torch.ones(64, 64), 10**6).isfinite().all()
     with pytest.raises(UserError, match="not finite"):
-        gptq.inverse_factor(gram * torch.nan)
+        gptq.inverse_factor(gram * torch.nan, 600)
 
 
 def test_later_blocks_are_calibrated_on_the_quantized_ones(tiny, quantized, calibration, tmp_path):
