@@ -35,7 +35,7 @@ def main():
             axes.plot([0, *ks], [1.0, *(points[k] / base[-1] for k in ks)], label=f"$n_{{tb}}$ = {n_tb}", **look)
         axes.set_xlabel("$k_{chunk}$ (channels per 1024)")
         axes.set_ylabel("time over base GEMV")
-        axes.set_title(f"{d_in}x{d_out}, {arguments.format}, {arguments.bits} bits, {rows[-1]['device']}")
+        axes.set_title(f"{d_in}x{d_out}, {arguments.format}, {arguments.bits} bits\n{rows[-1]['device']}, {arguments.sms} SMs")
         axes.legend()
 
 
