@@ -1,6 +1,7 @@
-"""Figure from the rows of kernels.py, like the paper's Figure 12: compensated time over base time against k_chunk, by n_tb.
+"""Figure from the rows of kernels.py, like the paper's Figure 12: compensated time over base time against k_chunk, by
+n_tb.
 
-    python figure.py results/h100.jsonl --layer 4096 28672 --out results/h100_gu_w3
+python figure.py results/h100.jsonl --layer 4096 28672 --out results/h100_gu_w3
 """
 
 import argparse
@@ -12,7 +13,9 @@ from decdec.errors import UserError, run
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", type=Path, help="JSON lines that kernels.py appended; of equal measurements the last counts")
+    parser.add_argument(
+        "rows", type=Path, help="JSON lines that kernels.py appended; of equal measurements the last counts"
+    )
     parser.add_argument("--layer", nargs=2, type=int, default=(4096, 28672), metavar=("D_IN", "D_OUT"))
     parser.add_argument("--format", choices=("codebook", "uniform"), default="codebook")
     parser.add_argument("--bits", type=int, choices=(2, 3, 4), default=3)
@@ -20,7 +23,14 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="figure to write, as .pdf and .png")
     arguments = parser.parse_args()
     d_in, d_out = arguments.layer
-    wanted = {"d_in": d_in, "d_out": d_out, "format": arguments.format, "bits": arguments.bits, "sms": arguments.sms, "batch": 1}
+    wanted = {
+        "d_in": d_in,
+        "d_out": d_out,
+        "format": arguments.format,
+        "bits": arguments.bits,
+        "sms": arguments.sms,
+        "batch": 1,
+    }
     rows = [row for row in files.read_rows(arguments.rows) if wanted.items() <= row.items()]
     base = [row["us"] for row in rows if row["bench"] == "base"]
     lines = {}
@@ -28,14 +38,18 @@ def main():
         if row["bench"] == "compensated":
             lines.setdefault(row["n_tb"], {})[row["k_chunk"]] = row["us"]
     if not base or not lines:
-        raise UserError(f"{arguments.rows}: expected rows of {wanted}, base and compensated, found none; run kernels.py --json first")
+        raise UserError(
+            f"{arguments.rows}: expected base and compensated rows of {wanted}, found none; run kernels.py --json first"
+        )
     with figure_style.figure(arguments.out) as (_, axes):
         for look, (n_tb, points) in zip(figure_style.LINES, sorted(lines.items())):
             ks = sorted(points)
             axes.plot([0, *ks], [1.0, *(points[k] / base[-1] for k in ks)], label=f"$n_{{tb}}$ = {n_tb}", **look)
         axes.set_xlabel("$k_{chunk}$ (channels per 1024)")
         axes.set_ylabel("time over base GEMV")
-        axes.set_title(f"{d_in}x{d_out}, {arguments.format}, {arguments.bits} bits\n{rows[-1]['device']}, {arguments.sms} SMs")
+        axes.set_title(
+            f"{d_in}x{d_out}, {arguments.format}, {arguments.bits} bits\n{rows[-1]['device']}, {arguments.sms} SMs"
+        )
         axes.legend()
 
 

@@ -2,9 +2,9 @@
 
     python kernels.py --models llama-3-8b --bits 3 4 --k-chunk 8 32 --json results/h100.jsonl
 
-Every time is the median over replays of one CUDA graph that walks through more distinct weights (256 MB) than the L2 cache
-holds, divided by its calls. The limit of a base GEMV is the time its codes and tables take at the copy rate; that of a compensated
-one the larger of that and the time its residual rows take at the gather rate of the link.
+Every time is the median over replays of one CUDA graph that walks through more distinct weights (256 MB) than the L2
+cache holds, divided by its calls. The limit of a base GEMV is the time its codes and tables take at the copy rate;
+that of a compensated one the larger of that and the time its residual rows take at the gather rate of the link.
 """
 
 import argparse
@@ -36,7 +36,8 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One result. ``gbps``: code and table bytes a second for a base GEMV, residual bytes a second for what uses the link."""
+    """One result. ``gbps``: code and table bytes a second for a base GEMV, residual bytes a second for what uses the
+    link."""
 
     bench: str
     format: str | None
@@ -55,7 +56,8 @@ class Row:
 
 
 def time_us(calls) -> tuple[float, float]:
-    """Median microseconds of one of ``calls`` (functions without arguments) in a graph of all, and the quartiles' distance."""
+    """Median microseconds of one of ``calls`` (functions without arguments) in a graph of all, and the quartiles'
+    distance."""
     calls = calls * -(-GRAPH_CALLS // len(calls))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -88,8 +90,21 @@ class Bench:
 
     def add(self, bench, time, size, limit_us=None, *, layer=(None, None), form=None, bits=None, k_chunk=0, n_tb=0):
         us, spread = time
-        row = Row(bench, form, bits, *layer, k_chunk, n_tb, self.sms, round(us, 3), round(spread, 3), round(size / us / 1e3, 1),
-                  None if limit_us is None else round(100 * limit_us / us, 1), self.arguments.batch, self.device)
+        row = Row(
+            bench,
+            form,
+            bits,
+            *layer,
+            k_chunk,
+            n_tb,
+            self.sms,
+            round(us, 3),
+            round(spread, 3),
+            round(size / us / 1e3, 1),
+            None if limit_us is None else round(100 * limit_us / us, 1),
+            self.arguments.batch,
+            self.device,
+        )
         self.rows.append(row)
         if self.arguments.json:
             files.append_row(self.arguments.json, asdict(row))
@@ -97,7 +112,9 @@ class Bench:
     def measure_limits(self):
         """Rates of a device copy (read plus written) and of the link's gather, GB/s."""
         size = 2**28
-        source, target = (torch.empty(size, dtype=torch.uint8, device="cuda").random_(generator=self.generator) for _ in range(2))
+        source, target = (
+            torch.empty(size, dtype=torch.uint8, device="cuda").random_(generator=self.generator) for _ in range(2)
+        )
         time = time_us([lambda: target.copy_(source)] * 4)
         self.dram = 2 * size / time[0] / 1e3
         self.add("device copy", time, 2 * size)
@@ -106,10 +123,21 @@ class Bench:
             row_bytes = packing.residual_row_bytes(d_out, RESIDUAL_BITS)
             residual = arena.pinned_rows([(8192, row_bytes)])[0]
             x, scale = torch.randn(1, 8192, device="cuda").half(), torch.ones(1, d_out, device="cuda").half()
-            chosen = [torch.randperm(8192, device="cuda", generator=self.generator)[:selected].sort().values.int()[None]
-                      for _ in range(8)]
-            time = time_us([lambda i=i: ops.residual_gemv(x, i, residual, scale, RESIDUAL_BITS, False, d_out) for i in chosen])
-            self.add("link gather", time, selected * row_bytes, layer=(8192, d_out), k_chunk=selected // 8, bits=RESIDUAL_BITS)
+            chosen = [
+                torch.randperm(8192, device="cuda", generator=self.generator)[:selected].sort().values.int()[None]
+                for _ in range(8)
+            ]
+            time = time_us(
+                [lambda i=i: ops.residual_gemv(x, i, residual, scale, RESIDUAL_BITS, False, d_out) for i in chosen]
+            )
+            self.add(
+                "link gather",
+                time,
+                selected * row_bytes,
+                layer=(8192, d_out),
+                k_chunk=selected // 8,
+                bits=RESIDUAL_BITS,
+            )
             self.link = max(self.link, selected * row_bytes / time[0] / 1e3)
 
     def weights(self, form: str, bits: int, d_in: int, d_out: int) -> tuple[list[tuple], int]:
@@ -124,18 +152,28 @@ class Bench:
 
         layers = []
         for _ in range(max(2, -(-COLD_BYTES // size))):
-            codes = torch.randint(-2**31, 2**31, shape, generator=self.generator, device="cuda", dtype=torch.int32)
+            codes = torch.randint(-(2**31), 2**31, shape, generator=self.generator, device="cuda", dtype=torch.int32)
             if form == "codebook":
-                layers.append((codes, (8000 * normal(d_out, 2**bits)).clamp(-32767, 32767).short(), 1e-5 * normal(d_out).abs()))
+                layers.append(
+                    (codes, (8000 * normal(d_out, 2**bits)).clamp(-32767, 32767).short(), 1e-5 * normal(d_out).abs())
+                )
             else:
-                layers.append((codes, (0.01 * normal(groups, d_out).abs()).half(),
-                               torch.full((groups, d_out), 2.0 ** (bits - 1), device="cuda").half()))
+                layers.append(
+                    (
+                        codes,
+                        (0.01 * normal(groups, d_out).abs()).half(),
+                        torch.full((groups, d_out), 2.0 ** (bits - 1), device="cuda").half(),
+                    )
+                )
         return layers, size
 
     def run_layer(self, form: str, bits: int, layer: tuple[int, int]):
         d_in, d_out = layer
-        base, compensated = ((ops.codebook_gemv, ops.codebook_gemv_compensated) if form == "codebook" else
-                             (ops.uniform_gemv, ops.uniform_gemv_compensated))
+        base, compensated = (
+            (ops.codebook_gemv, ops.codebook_gemv_compensated)
+            if form == "codebook"
+            else (ops.uniform_gemv, ops.uniform_gemv_compensated)
+        )
         layers, size = self.weights(form, bits, d_in, d_out)
         x = torch.randn(self.arguments.batch, d_in, generator=self.generator, device="cuda").half()
         floor = size / self.dram / 1e3
@@ -147,24 +185,46 @@ class Bench:
         for k_chunk in self.arguments.k_chunk:
             moved = self.arguments.batch * sum(reference.chunk_counts(d_in, k_chunk)) * row_bytes
             for n_tb in self.arguments.n_tb:
-                time = time_us([lambda w=w, r=r: compensated(x, *w, None, r, scale, RESIDUAL_BITS, False, k_chunk, n_tb=n_tb,
-                                                             workspace=self.workspace) for w, r in zip(layers, residuals)])
-                self.add("compensated", time, moved, max(floor, moved / self.link / 1e3), layer=layer, form=form, bits=bits,
-                         k_chunk=k_chunk, n_tb=n_tb)
+                time = time_us(
+                    [
+                        lambda w=w, r=r: compensated(
+                            x, *w, None, r, scale, RESIDUAL_BITS, False, k_chunk, n_tb=n_tb, workspace=self.workspace
+                        )
+                        for w, r in zip(layers, residuals)
+                    ]
+                )
+                self.add(
+                    "compensated",
+                    time,
+                    moved,
+                    max(floor, moved / self.link / 1e3),
+                    layer=layer,
+                    form=form,
+                    bits=bits,
+                    k_chunk=k_chunk,
+                    n_tb=n_tb,
+                )
 
     def table(self) -> str:
-        lines = [f"{self.device}, {self.sms} SMs", f"{'':28}{'d_in':>6}{'d_out':>7}{'k_chunk':>8}{'n_tb':>5}{'us':>9}{'GB/s':>8}{'limit':>7}"]
+        lines = [
+            f"{self.device}, {self.sms} SMs",
+            f"{'':28}{'d_in':>6}{'d_out':>7}{'k_chunk':>8}{'n_tb':>5}{'us':>9}{'GB/s':>8}{'limit':>7}",
+        ]
         for row in self.rows:
             name = " ".join(str(part) for part in (row.bench, row.format, row.bits and f"w{row.bits}") if part)
             share = "" if row.pct_of_limit is None else f"{row.pct_of_limit:.0f} %"
-            lines.append(f"{name:28}{row.d_in or '':>6}{row.d_out or '':>7}{row.k_chunk or '':>8}{row.n_tb or '':>5}{row.us:9.2f}"
-                         f"{row.gbps:8.0f}{share:>7}")
+            lines.append(
+                f"{name:28}{row.d_in or '':>6}{row.d_out or '':>7}{row.k_chunk or '':>8}{row.n_tb or '':>5}"
+                f"{row.us:9.2f}{row.gbps:8.0f}{share:>7}"
+            )
         return "\n".join(lines)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["llama-3-8b"], help="whose layer shapes to time")
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=["llama-3-8b"], help="whose layer shapes to time"
+    )
     parser.add_argument("--layers", nargs="+", choices=("qkv", "o", "gu", "d"), default=["qkv", "o", "gu", "d"])
     parser.add_argument("--formats", nargs="+", choices=("codebook", "uniform"), default=["codebook", "uniform"])
     parser.add_argument("--bits", nargs="+", type=int, choices=(2, 3, 4), default=[3, 4])
@@ -188,8 +248,13 @@ def main():
         context.set_context()
     bench = Bench(arguments)
     bench.measure_limits()
-    work = [(form, bits, MODELS[model][layer]) for model in arguments.models for form in arguments.formats
-            for bits in arguments.bits for layer in arguments.layers]
+    work = [
+        (form, bits, MODELS[model][layer])
+        for model in arguments.models
+        for form in arguments.formats
+        for bits in arguments.bits
+        for layer in arguments.layers
+    ]
     for form, bits, layer in tqdm(work, file=sys.stderr):
         bench.run_layer(form, bits, layer)
     print(bench.table())

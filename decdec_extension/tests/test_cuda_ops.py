@@ -1,6 +1,7 @@
 """The CUDA ops against the fp32 reference and float64 products, and against the CPU ops, over random and awkward cases.
 
-Outputs are poisoned: the allocator's free memory is filled with NaN before each call, the workspace must be all zero after it.
+Outputs are poisoned: the allocator's free memory is filled with NaN before each call, the workspace must be all zero
+after it.
 ``DECDEC_CASES`` sets the number of random cases.
 """
 
@@ -12,7 +13,9 @@ import torch
 
 from decdec import ops, reference
 
-pytestmark = pytest.mark.skipif(not (torch.cuda.is_available() and torch.ops.decdec.has_cuda()), reason="needs a CUDA GPU")
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() and torch.ops.decdec.has_cuda()), reason="needs a CUDA GPU"
+)
 DTYPES = (torch.float16, torch.bfloat16)
 CASES = int(os.environ.get("DECDEC_CASES", "300"))
 
@@ -39,8 +42,8 @@ def compensated(form):
 
 
 def assert_as_good(out, bias, *terms):
-    """Twice the error of PyTorch's own product in the same precision, one rounding of the output and half a float32 rounding of
-    the sum of all |terms| besides, for where PyTorch is lucky."""
+    """Twice the error of PyTorch's own product in the same precision, one rounding of the output and half a float32
+    rounding of the sum of all |terms| besides, for where PyTorch is lucky."""
     dtype = out.dtype
     truth = sum(x.double() @ dense for x, dense in terms)
     pytorch = sum(x.to(dtype) @ dense.to(dtype) for x, dense in terms)
@@ -78,8 +81,21 @@ def random_case(draw, make_base, make_residual):
     groups = d_in // draw.choice(sizes) if draw.random() < 0.4 else 1
     k_chunk, n_tb = draw.choice((0, 1, 3, 8, 32, 100, 1024)), draw.choice((1, 2, 8, 16, 100, 300, 5000))
     limits = draw.choice(((None, None), (3.5, 2.0), (1.0, 1.0)))
-    what = dict(form=form, d_in=d_in, d_out=d_out, bits=bits, batch=batch, dtype=dtype, group_size=group_size, k_chunk=k_chunk,
-                residual_bits=residual_bits, nested=nested, groups=groups, n_tb=n_tb, limits=limits)
+    what = dict(
+        form=form,
+        d_in=d_in,
+        d_out=d_out,
+        bits=bits,
+        batch=batch,
+        dtype=dtype,
+        group_size=group_size,
+        k_chunk=k_chunk,
+        residual_bits=residual_bits,
+        nested=nested,
+        groups=groups,
+        n_tb=n_tb,
+        limits=limits,
+    )
     base = make_base(form, d_in, d_out, bits, group_size)
     residual = make_residual(d_in, d_out, residual_bits, groups, nested)
     x = (torch.randn(batch, d_in) * draw.choice((1e-4, 1.0, 30.0))).to(dtype).cuda()
@@ -93,7 +109,10 @@ def random_case(draw, make_base, make_residual):
     indices = ops.select_channels(x, k_chunk, *limits, center)
     try:
         assert workspace is None or not workspace.any(), "workspace not zero"
-        assert torch.equal(indices.cpu(), reference.select_channels(x.cpu(), k_chunk, *limits, None if center is None else center.cpu()))
+        assert torch.equal(
+            indices.cpu(),
+            reference.select_channels(x.cpu(), k_chunk, *limits, None if center is None else center.cpu()),
+        )
         assert_as_good(out, bias, (x, base.dense.t().cuda()), (masked(x, indices, center), residual.dense.cuda()))
     except AssertionError as error:
         raise AssertionError(f"{what}: {error}") from error
@@ -112,7 +131,9 @@ def test_dequantize_is_exact(make_base, d_in, d_out, bits):
         for form in ("codebook", "uniform"):
             base = make_base(form, d_in, d_out, bits, next(size for size in (64, 41, 50, 1) if d_in % size == 0))
             op = ops.codebook_dequantize if form == "codebook" else ops.uniform_dequantize
-            expected = (reference.codebook_dequantize if form == "codebook" else reference.uniform_dequantize)(*base.args, d_in, dtype)
+            expected = (reference.codebook_dequantize if form == "codebook" else reference.uniform_dequantize)(
+                *base.args, d_in, dtype
+            )
             poison()
             assert torch.equal(op(*cuda(base.args), d_in, dtype).cpu(), expected)
 
@@ -160,14 +181,16 @@ def test_residual_gemv(make_residual, bits, nested):
         for dtype in DTYPES:
             x, center = torch.randn(3, d_in).to(dtype).cuda(), torch.randn(d_in).cuda()
             indices = torch.stack([torch.randperm(d_in)[:k] for _ in range(3)]).to(torch.int32)
-            indices[1:, k // 2:] = -1
+            indices[1:, k // 2 :] = -1
             for given in (None, center):
                 poison()
                 out = ops.residual_gemv(x, indices.cuda(), *cuda(residual.args), d_out, given)
                 assert_as_good(out, None, (masked(x, indices.cuda(), given), residual.dense.cuda()))
 
 
-@pytest.mark.parametrize("form, bits, group_size", (("codebook", 3, None), ("codebook", 4, None), ("uniform", 4, 64), ("uniform", 3, 24)))
+@pytest.mark.parametrize(
+    "form, bits, group_size", (("codebook", 3, None), ("codebook", 4, None), ("uniform", 4, 64), ("uniform", 3, 24))
+)
 def test_nan_and_inf_give_what_the_base_formula_gives(make_base, make_residual, form, bits, group_size):
     d_in, d_out = 1536, 64
     base, residual = make_base(form, d_in, d_out, bits, group_size), make_residual(d_in, d_out, 4)
@@ -201,7 +224,7 @@ def test_a_row_is_the_same_in_any_batch(make_base, make_residual):
     call = layer_call(make_base, make_residual, batch=2)
     x = torch.randn(2, 2048, device="cuda").half()
     together = call(x)
-    assert all(torch.equal(call(x[row:row + 1])[0], together[row]) for row in range(2))
+    assert all(torch.equal(call(x[row : row + 1])[0], together[row]) for row in range(2))
 
 
 def test_graph_capture(make_base, make_residual):
@@ -272,12 +295,17 @@ def test_mistakes_are_named(make_base, make_residual):
     args, rest = cuda(base.args), cuda(residual.args)
     x = torch.randn(1, 128, device="cuda").half()
     call = compensated("codebook")
-    for mistake, name in ((lambda: call(x.float(), *args, None, *rest, 8), "x"),
-                          (lambda: call(x.expand(9, 128).contiguous(), *args, None, *rest, 8), "x"),
-                          (lambda: call(x, base.args[0], *args[1:], None, *rest, 8), "qweight"),
-                          (lambda: call(x, *args, None, *rest, 8, workspace=torch.zeros(8, dtype=torch.uint8, device="cuda")), "workspace"),
-                          (lambda: call(x, *args, None, *rest, 1025), "k_chunk"),
-                          (lambda: call(x, *args, None, residual.args[0], *rest[1:], 8), "residual")):
+    for mistake, name in (
+        (lambda: call(x.float(), *args, None, *rest, 8), "x"),
+        (lambda: call(x.expand(9, 128).contiguous(), *args, None, *rest, 8), "x"),
+        (lambda: call(x, base.args[0], *args[1:], None, *rest, 8), "qweight"),
+        (
+            lambda: call(x, *args, None, *rest, 8, workspace=torch.zeros(8, dtype=torch.uint8, device="cuda")),
+            "workspace",
+        ),
+        (lambda: call(x, *args, None, *rest, 1025), "k_chunk"),
+        (lambda: call(x, *args, None, residual.args[0], *rest[1:], 8), "residual"),
+    ):
         with pytest.raises(RuntimeError, match=f"codebook_gemv_compensated: {name}: expected .*, got "):
             mistake()
 

@@ -1,4 +1,5 @@
-// The pinned arena: host memory of exact size, registered once, seen as a CPU tensor and as a CUDA tensor that both own it.
+// The pinned arena: host memory of exact size, registered once, seen as a CPU tensor and as a CUDA tensor that both own
+// it.
 
 #include <cuda_runtime_api.h>
 #include <sys/mman.h>
@@ -54,7 +55,8 @@ class PinnedMemory {
       cudaGetLastError();
       if (status == cudaSuccess) cudaHostUnregister(data_);
       munmap(data_, bytes_);
-      refuse("cudaHostRegister", status == cudaSuccess ? "the GPU sees it at another address" : cudaGetErrorString(status));
+      refuse("cudaHostRegister",
+             status == cudaSuccess ? "the GPU sees it at another address" : cudaGetErrorString(status));
     }
   }
   PinnedMemory(const PinnedMemory&) = delete;

@@ -44,7 +44,8 @@ struct OnDevice {
   cudaStream_t stream;
 
   explicit OnDevice(const Tensor& tensor)
-      : guard(tensor.get_device_index()), stream(static_cast<cudaStream_t>(current_stream(tensor.get_device_index()))) {}
+      : guard(tensor.get_device_index()),
+        stream(static_cast<cudaStream_t>(current_stream(tensor.get_device_index()))) {}
 };
 
 void check_cuda_x(const char* op, const Tensor& x) {
@@ -192,7 +193,8 @@ Tensor codebook_dequantize(const Tensor& qweight, const Tensor& codebook, const 
   const char* op = "codebook_dequantize";
   check_codebook(op, qweight, codebook, scale, d_in, qweight);
   check_out_dtype(op, dtype);
-  return dequantize(qweight, Format::kCodebook, qweight.size(2), codebook_weights(qweight, codebook, scale, d_in), dtype);
+  return dequantize(qweight, Format::kCodebook, qweight.size(2), codebook_weights(qweight, codebook, scale, d_in),
+                    dtype);
 }
 
 Tensor uniform_dequantize(const Tensor& qweight, const Tensor& scales, const Tensor& zeros, int64_t d_in,
@@ -223,7 +225,8 @@ Tensor codebook_gemv(const Tensor& x, const Tensor& qweight, const Tensor& codeb
   const char* op = "codebook_gemv";
   check_cuda_x(op, x);
   check_codebook(op, qweight, codebook, scale, x.size(1), x);
-  return multiply(op, x, Format::kCodebook, qweight.size(2), codebook_weights(qweight, codebook, scale, x.size(1)), bias);
+  return multiply(op, x, Format::kCodebook, qweight.size(2), codebook_weights(qweight, codebook, scale, x.size(1)),
+                  bias);
 }
 
 Tensor uniform_gemv(const Tensor& x, const Tensor& qweight, const Tensor& scales, const Tensor& zeros,
@@ -244,8 +247,8 @@ Tensor select_channels(const Tensor& x, int64_t k_chunk, const std::optional<dou
   set_selection(c, x.size(1), k_chunk, b_0, b_15, center);
   Tensor out = torch::stable::new_empty(x, {x.size(0), c.selected}, ScalarType::Int);
   if (out.numel() > 0) {
-    cuda::launch_select(x.data_ptr(), static_cast<int>(x.size(0)), static_cast<int>(x.size(1)), dtype_of(x.scalar_type()), c,
-                        static_cast<int32_t*>(out.data_ptr()), device.stream);
+    cuda::launch_select(x.data_ptr(), static_cast<int>(x.size(0)), static_cast<int>(x.size(1)),
+                        dtype_of(x.scalar_type()), c, static_cast<int32_t*>(out.data_ptr()), device.stream);
   }
   return out;
 }

@@ -1,9 +1,9 @@
 // Activations as exact operands of the integer tensor cores.
 //
-// Each warp multiplies its own slice of the inputs, so it alone turns that slice into fixed point: X = round(x 2**e), |X| <= 2**22,
-// one exponent e for slice and row, then three balanced base-256 digits. The rounding is 2**-23 of the slice's largest |x|, what
-// float32 sums lose. Digit j of row 2 n + r is column 4 r + j of row pair n's B operand; the fourth column is not used.
-// A row's digits lie unit by unit as [digit][t][b0, b1 of k-step 0, b0, b1 of k-step 1].
+// Each warp multiplies its own slice of the inputs, so it alone turns that slice into fixed point: X = round(x 2**e),
+// |X| <= 2**22, one exponent e for slice and row, then three balanced base-256 digits. The rounding is 2**-23 of the
+// slice's largest |x|, what float32 sums lose. Digit j of row 2 n + r is column 4 r + j of row pair n's B operand; the
+// fourth column is not used. A row's digits lie unit by unit as [digit][t][b0, b1 of k-step 0, b0, b1 of k-step 1].
 
 #pragma once
 
@@ -49,9 +49,10 @@ struct Slice {
   int totals[3];  // sums of the digits, digit by digit
 };
 
-// Turns what load_row brought into digits, by one warp. NaN and Inf count as 0 and clear `finite`; non_finite_terms adds them.
-// kStepSums: writes for every unit the sums of digits 0 and 1, as one number, and of digit 2 in both k-steps to `sums`.
-// kPairedInputs: b0 of a k-step holds the even of its inputs and b1 the odd ones (UniformTile), else its halves.
+// Turns what load_row brought into digits, by one warp. NaN and Inf count as 0 and clear `finite`; non_finite_terms
+// adds them. kStepSums: writes for every unit the sums of digits 0 and 1, as one number, and of digit 2 in both k-steps
+// to `sums`. kPairedInputs: b0 of a k-step holds the even of its inputs and b1 the odd ones (UniformTile), else its
+// halves.
 template <bool kPairedInputs, bool kStepSums>
 __device__ inline Slice stage_row(Dtype dtype, int units, uint8_t* digits, float* sums, int lane, bool& finite) {
   const auto load = [&](int task, int part) {  // four inputs of a lane's 16: part 2 s + half
@@ -88,7 +89,7 @@ __device__ inline Slice stage_row(Dtype dtype, int units, uint8_t* digits, float
   const float scale = power_of_two(slice.exponent);
   for (int first = 0; first < tasks; first += 32) {
     const int task = min(first + lane, tasks - 1);  // lanes past the end repeat the last task
-    uint32_t w[4][4];  // part, input
+    uint32_t w[4][4];                               // part, input
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
       const float4 v = unpack_four(load(task, part), dtype);
@@ -103,7 +104,7 @@ __device__ inline Slice stage_row(Dtype dtype, int units, uint8_t* digits, float
     if constexpr (kPairedInputs) {
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        uint32_t(&p)[4] = w[2 * s], (&q)[4] = w[2 * s + 1];
+        uint32_t (&p)[4] = w[2 * s], (&q)[4] = w[2 * s + 1];
         const uint32_t even[4] = {p[0], p[2], q[0], q[2]}, odd[4] = {p[1], p[3], q[1], q[3]};
 #pragma unroll
         for (int i = 0; i < 4; ++i) p[i] = even[i], q[i] = odd[i];

@@ -1,7 +1,9 @@
-// Reading the tile layout of decdec/packing.py: one scalar code, and the words of a lane as operands of the tensor cores.
+// Reading the tile layout of decdec/packing.py: one scalar code, and the words of a lane as operands of the tensor
+// cores.
 //
-// A lane's `bits` words of a unit hold four groups q = 2 s + h of eight codes: k-step s, row half h. The low half of a group
-// is the A register of its row and the first sixteen inputs of the k-step, the high half that of the second sixteen.
+// A lane's `bits` words of a unit hold four groups q = 2 s + h of eight codes: k-step s, row half h. The low half of a
+// group is the A register of its row and the first sixteen inputs of the k-step, the high half that of the second
+// sixteen.
 
 #pragma once
 
@@ -50,10 +52,10 @@ __device__ __forceinline__ void split_groups(const uint32_t (&words)[kBits], uin
 // The codebook of one row, in parts that are looked up four codes at a time by byte permutes.
 //
 // Two and three bits: an entry is 256 high + low, a signed and an unsigned byte.
-// Four bits: one permute sees only eight entries. An entry v becomes 128 high + low + 1/2 - 8192 = (v - 1/2) / 4 with two
-// seven-bit numbers (off by at most 1.5 of 32767, less than float16 loses), in two tables of eight. For a code of the other
-// table the selector's top bit makes a permute repeat the entry's sign, which is 0: both tables' products are summed and no
-// selection is needed, a third fewer instructions than with one.
+// Four bits: one permute sees only eight entries. An entry v becomes 128 high + low + 1/2 - 8192 = (v - 1/2) / 4 with
+// two seven-bit numbers (off by at most 1.5 of 32767, less than float16 loses), in two tables of eight. For a code of
+// the other table the selector's top bit makes a permute repeat the entry's sign, which is 0: both tables' products are
+// summed and no selection is needed, a third fewer instructions than with one.
 template <int kBits>
 struct RowTable {
   static constexpr int kEntryWords = 1 << (kBits - 1);
@@ -74,7 +76,8 @@ struct RowTable {
   }
 };
 
-// Codebook weights: A is looked up twice, the products of high and low bytes are summed apart and joined once a row tile.
+// Codebook weights: A is looked up twice, the products of high and low bytes are summed apart and joined once a row
+// tile.
 template <int kBits, int kRowPairs>
 struct CodebookTile {
   static constexpr bool kPairedInputs = false;  // see stage_activations
@@ -85,7 +88,8 @@ struct CodebookTile {
   static constexpr int kSideBytes = side_bytes(Format::kCodebook, kBits);  // the tile's codebook and scales
 
   // Copies what the products need besides the codes: with a tile's first batch, its tables.
-  __device__ __forceinline__ static void copy_side(uint8_t* side, const Weights& w, int tile, int, bool first, int lane) {
+  __device__ __forceinline__ static void copy_side(uint8_t* side, const Weights& w, int tile, int, bool first,
+                                                   int lane) {
     if (!first) return;
     constexpr int kBytes = kBits == 2 ? 8 : 16, kPieces = kRowBytes / kBytes;
     const auto row = [&](int r) { return min(tile * kTileRows + r, w.d_out - 1); };
@@ -124,8 +128,8 @@ struct CodebookTile {
 
   // Multiplies unit u of a batch. digits(n): the B registers (b0, b1 of k-step 0, b0, b1 of k-step 1) of row pair n.
   template <class Digits, class Sums>
-  __device__ __forceinline__ void multiply(const uint32_t (&words)[kBits], Digits digits, Sums, const uint8_t*, int, int, bool,
-                                           int, int) {
+  __device__ __forceinline__ void multiply(const uint32_t (&words)[kBits], Digits digits, Sums, const uint8_t*, int,
+                                           int, bool, int, int) {
     uint32_t groups[4];
     split_groups<kBits>(words, groups);
     uint4 b[kRowPairs];
@@ -154,14 +158,15 @@ struct CodebookTile {
     }
   }
 
-  // The lane's part of row half h: its two digit columns joined, the lower one of weight 1. Odd lanes have but one digit.
-  // `totals`: the sums of the two digits over the slice.
+  // The lane's part of row half h: its two digit columns joined, the lower one of weight 1. Odd lanes have but one
+  // digit. `totals`: the sums of the two digits over the slice.
   __device__ __forceinline__ float value(int n, int h, int lane, const int (&totals)[2]) const {
     float column[2];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       if constexpr (kBits == 4) {
-        column[j] = fmaf(512.f, float(high[n][2 * h + j] - 64 * totals[j]), fmaf(4.f, float(low[n][2 * h + j]), 1.5f * totals[j]));
+        column[j] = fmaf(512.f, float(high[n][2 * h + j] - 64 * totals[j]),
+                         fmaf(4.f, float(low[n][2 * h + j]), 1.5f * totals[j]));
       } else {
         column[j] = fmaf(256.f, float(high[n][2 * h + j]), float(low[n][2 * h + j]));
       }
@@ -195,7 +200,8 @@ struct UniformTile {
   }
 
   // Copies what the products need besides the codes: scales and zero points of the slots from `unit` on.
-  __device__ __forceinline__ static void copy_side(uint8_t* side, const Weights& w, int tile, int unit, bool, int lane) {
+  __device__ __forceinline__ static void copy_side(uint8_t* side, const Weights& w, int tile, int unit, bool,
+                                                   int lane) {
     const int slot_inputs = slot_size(w.group_size);
     const int row = tile * kTileRows + 2 * (lane % 8);
     const uint16_t* p = lane % 16 < 8 ? w.scales : w.zeros;
@@ -238,11 +244,12 @@ struct UniformTile {
     }
   }
 
-  // Multiplies unit u of a batch; `parity` is u % 2, `last` whether none follows. x_sums(n): the sums of the lane's digits in
-  // both k-steps.
+  // Multiplies unit u of a batch; `parity` is u % 2, `last` whether none follows. x_sums(n): the sums of the lane's
+  // digits in both k-steps.
   template <class Digits, class Sums>
-  __device__ __forceinline__ void multiply(const uint32_t (&words)[kBits], Digits digits, Sums x_sums, const uint8_t* side,
-                                           int u, int parity, bool last, int slot_inputs, int lane) {
+  __device__ __forceinline__ void multiply(const uint32_t (&words)[kBits], Digits digits, Sums x_sums,
+                                           const uint8_t* side, int u, int parity, bool last, int slot_inputs,
+                                           int lane) {
     uint32_t a[2][4];
     operands(words, a);
     if (slot_inputs == 64) enter_slot(side, u, lane);

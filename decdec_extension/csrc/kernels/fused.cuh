@@ -1,5 +1,5 @@
-// The GEMV kernel: the first n_tb blocks select and fetch, the others run the base GEMV, and whoever comes second to an output
-// adds the two sums and writes it. No block waits for another, so any number of blocks may be resident.
+// The GEMV kernel: the first n_tb blocks select and fetch, the others run the base GEMV, and whoever comes second to an
+// output adds the two sums and writes it. No block waits for another, so any number of blocks may be resident.
 
 #pragma once
 
@@ -9,9 +9,10 @@
 
 namespace decdec::cuda {
 
-// The way out of a thread's outputs, up to kPlaces at a time. In a compensated GEMV the two roles' sums meet in the workspace:
-// whoever comes second takes the other's sum out and writes the output. One atomic exchange carries a sum and the mark that it
-// is there, so neither fence nor counter is needed, and the sum of two numbers does not depend on their order.
+// The way out of a thread's outputs, up to kPlaces at a time. In a compensated GEMV the two roles' sums meet in the
+// workspace: whoever comes second takes the other's sum out and writes the output. One atomic exchange carries a sum
+// and the mark that it is there, so neither fence nor counter is needed, and the sum of two numbers does not depend on
+// their order.
 template <int kPlaces>
 struct Outputs {
   const GemvParams& p;
@@ -85,7 +86,7 @@ __device__ inline void compensate(const GemvParams& p, uint8_t* shared) {
             factor = kept ? values[i] : value(row, channel);
             return channel;
           },
-          [&](const int(&outputs)[kEmitted], const float(&values)[kEmitted]) { out.put(row, outputs, values); });
+          [&](const int (&outputs)[kEmitted], const float (&values)[kEmitted]) { out.put(row, outputs, values); });
     });
   }
   out.finish();

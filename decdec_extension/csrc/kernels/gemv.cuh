@@ -1,8 +1,8 @@
 // The base GEMV of one block: o = W_q x for the row tiles block, block + blocks, ...
 //
-// Every warp multiplies its own slice of the inputs. It stages that slice's activations once, and streams its part of tile
-// after tile through a ring of shared-memory buffers that it fills and empties alone; only the sums of a tile meet in the
-// block, in fixed order. Integer products and sums are exact, so the result does not depend on timing.
+// Every warp multiplies its own slice of the inputs. It stages that slice's activations once, and streams its part of
+// tile after tile through a ring of shared-memory buffers that it fills and empties alone; only the sums of a tile meet
+// in the block, in fixed order. Integer products and sums are exact, so the result does not depend on timing.
 
 #pragma once
 
@@ -12,7 +12,6 @@
 #include "codes.cuh"
 
 namespace decdec::cuda {
-
 
 // Sum of W[o, i] x[row, i] over the inputs that are NaN or Inf, whose product the tensor cores cannot give.
 template <class Weight>
@@ -55,8 +54,14 @@ struct Stream {
   int fill = 0;                       // into this buffer
 
   __device__ __forceinline__ Stream(const GemvParams& p, int block, uint8_t* ring, uint64_t* barriers)
-      : p(p), ring(ring), barriers(barriers), units((p.weights.d_in + kUnitInputs - 1) / kUnitInputs),
-        tiles((p.weights.d_out + kTileRows - 1) / kTileRows), lane(threadIdx.x % 32), warp(threadIdx.x / 32), block(block) {
+      : p(p),
+        ring(ring),
+        barriers(barriers),
+        units((p.weights.d_in + kUnitInputs - 1) / kUnitInputs),
+        tiles((p.weights.d_out + kTileRows - 1) / kTileRows),
+        lane(threadIdx.x % 32),
+        warp(threadIdx.x / 32),
+        block(block) {
     enter_panel(0);
     if (lane == 0) {
       for (int s = 0; s < p.plan.stages; ++s) BufferBarrier(barriers + s).init();
@@ -102,8 +107,8 @@ struct Stream {
 // kRowPairs: pairs of batch rows the instance multiplies at once. emit(row, o, value) takes every output once.
 template <Format kFormat, int kBits, int kRowPairs, class Emit>
 __device__ __forceinline__ void base_gemv(const GemvParams& p, int block, uint8_t* shared, Emit emit) {
-  using Tile = std::conditional_t<kFormat == Format::kCodebook, CodebookTile<kBits, kRowPairs>,
-                                  UniformTile<kBits, kRowPairs>>;
+  using Tile =
+      std::conditional_t<kFormat == Format::kCodebook, CodebookTile<kBits, kRowPairs>, UniformTile<kBits, kRowPairs>>;
   constexpr int kBatchUnits = batch_units(kFormat, kBits);
   using Stream = Stream<Tile, kBits, kBatchUnits>;
   const Weights& w = p.weights;
@@ -125,12 +130,13 @@ __device__ __forceinline__ void base_gemv(const GemvParams& p, int block, uint8_
   const float* lane_sums[kRowPairs];
 #pragma unroll
   for (int n = 0; n < kRowPairs; ++n) {
-    lane_digits[n] = digits + min(2 * n + lane / 16, p.batch - 1) * row_digits + digit_offset(min(lane / 4 % 4, 2), lane % 4);
+    lane_digits[n] =
+        digits + min(2 * n + lane / 16, p.batch - 1) * row_digits + digit_offset(min(lane / 4 % 4, 2), lane % 4);
     lane_sums[n] = sums + min(2 * n + lane % 4 / 2, p.batch - 1) * plan.units_per_warp * 4 + lane % 2 * 2;
   }
 
   bool finite = true;
-  int exponent[kRowPairs];  // of the batch row 2 n + lane % 4 / 2
+  int exponent[kRowPairs];   // of the batch row 2 n + lane % 4 / 2
   int totals[kRowPairs][2];  // of its digits: 0 and 1, or 2 in odd lanes
   int stage = 0, parity = 0, turn = 0;
   for (int panel = 0; panel < plan.panels; ++panel) {

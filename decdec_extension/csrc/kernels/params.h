@@ -23,19 +23,20 @@ constexpr int batch_units(Format format, int bits) { return format == Format::kC
 // Bytes of a buffer's side data: a row tile's codebook and scales, or the scales and zero points of a batch of units.
 constexpr int side_bytes(Format format, int bits) {
   return format == Format::kCodebook ? kTileRows * ((2 << bits) + 4)
-                                      : batch_units(format, bits) * kUnitInputs / 32 * 4 * kTileRows;
+                                     : batch_units(format, bits) * kUnitInputs / 32 * 4 * kTileRows;
 }
-constexpr int kUnitBytes = 192;               // of the activations' digits of a unit of one batch row (activations.cuh)
-constexpr int kUnitSumBytes = 16;             // and of their sums
-constexpr int kSumStride = kThreads + 1;      // of a fetching block's sums: neighbouring outputs lie in different banks
-constexpr int kMaxFetchBlocks = 4096;          // more have no slice of their own
-constexpr int kMaxValues = 8192;              // of selected channels that a fetching block keeps; more are read again
+constexpr int kUnitBytes = 192;           // of the activations' digits of a unit of one batch row (activations.cuh)
+constexpr int kUnitSumBytes = 16;         // and of their sums
+constexpr int kSumStride = kThreads + 1;  // of a fetching block's sums: neighbouring outputs lie in different banks
+constexpr int kMaxFetchBlocks = 4096;     // more have no slice of their own
+constexpr int kMaxValues = 8192;          // of selected channels that a fetching block keeps; more are read again
 
 // Shared memory of a fetching block: sums, and the selected channels with their values.
 constexpr int fetch_bytes(int selected) {
   return 32 * kSumStride * 4 + (selected <= kMaxValues ? 4 * selected : 0) + 2 * selected;
 }
-constexpr int kMaxInputs = 1 << 16;  // a selected channel is a 16-bit number in shared memory; 65535 marks an empty place
+constexpr int kMaxInputs =
+    1 << 16;  // a selected channel is a 16-bit number in shared memory; 65535 marks an empty place
 
 // 16-bit vectors of the caller: activations, bias, outputs.
 enum class Dtype : int { kHalf, kBfloat16, kFloat };
@@ -79,12 +80,12 @@ struct Compensation {
   int64_t row_bytes;
   int bits;
   int groups;
-  int group_size;                  // inputs that share a row of residual_scale
+  int group_size;  // inputs that share a row of residual_scale
   int nested;
   int k_chunk;
-  int selected;         // channels of one row: all chunks' counts
-  int n_tb;             // blocks that compensate
-  int buckets;          // 1: the paper's selection by `floors`, 0: exact
+  int selected;  // channels of one row: all chunks' counts
+  int n_tb;      // blocks that compensate
+  int buckets;   // 1: the paper's selection by `floors`, 0: exact
   float floors[kBuckets];
 };
 

@@ -9,7 +9,8 @@
 
 namespace decdec::cuda {
 
-// Four bytes picked from the eight of (a, b) by the nibbles of `selector`; a nibble's top bit repeats the picked byte's sign.
+// Four bytes picked from the eight of (a, b) by the nibbles of `selector`; a nibble's top bit repeats the picked byte's
+// sign.
 __device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t d;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
@@ -65,7 +66,8 @@ template <int kWords>
 __device__ __forceinline__ void load_streaming(uint32_t (&d)[kWords], const void* p) {
   if constexpr (kWords == 4) {
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "l"(p));
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "l"(p));
   } else if constexpr (kWords == 2) {
     asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(d[0]), "=r"(d[1]) : "l"(p));
   } else {
@@ -73,8 +75,9 @@ __device__ __forceinline__ void load_streaming(uint32_t (&d)[kWords], const void
   }
 }
 
-// A kernel launched with programmatic serialization may start before the one ahead of it in the stream has ended: it must
-// wait before it reads what that one wrote, or writes what that one reads. Weights are constant and need no waiting.
+// A kernel launched with programmatic serialization may start before the one ahead of it in the stream has ended: it
+// must wait before it reads what that one wrote, or writes what that one reads. Weights are constant and need no
+// waiting.
 __device__ __forceinline__ void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -86,24 +89,25 @@ __device__ __forceinline__ void wait_for_last_kernel() {
 #endif
 }
 
-// Asynchronous copies of 4, 8 or 16 bytes into shared memory; with `wanted` false the bytes become 0 and nothing is read.
+// Asynchronous copies of 4, 8 or 16 bytes into shared memory; with `wanted` false the bytes become 0 and nothing is
+// read.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool wanted = true) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
-               ::"r"(uint32_t(__cvta_generic_to_shared(shared))), "l"(global), "n"(kBytes), "r"(wanted ? kBytes : 0)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))),
+               "l"(global), "n"(kBytes), "r"(wanted ? kBytes : 0)
                : "memory");
 }
 
-// Closes a group of the thread's copies, and waits for all groups but the newest kNewest. They are its own: other threads'
-// copies need a barrier besides.
+// Closes a group of the thread's copies, and waits for all groups but the newest kNewest. They are its own: other
+// threads' copies need a barrier besides.
 __device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kNewest>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
 }
 
-// The barrier of one of a warp's buffers. A phase ends when the bytes of one copy_bulk and all copies that the warp's lanes
-// made before their arrive_copies are there.
+// The barrier of one of a warp's buffers. A phase ends when the bytes of one copy_bulk and all copies that the warp's
+// lanes made before their arrive_copies are there.
 struct BufferBarrier {
   uint32_t address;
 
@@ -125,13 +129,14 @@ struct BufferBarrier {
 #if __CUDA_ARCH__ >= 900
     if (lane == 0) {
       asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                   ::"r"(to), "l"(global), "r"(bytes), "r"(address) : "memory");
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                   "l"(global), "r"(bytes), "r"(address)
+                   : "memory");
     }
 #else
     for (uint32_t i = 16 * lane; i < bytes; i += 16 * 32) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                   ::"r"(to + i), "l"(static_cast<const char*>(global) + i) : "memory");
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i), "l"(static_cast<const char*>(global) + i)
+                   : "memory");
     }
 #endif
   }
@@ -151,7 +156,9 @@ struct BufferBarrier {
         "mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
 #endif
         "@!done bra again;\n"
-        "}\n" ::"r"(address), "r"(parity) : "memory");
+        "}\n" ::"r"(address),
+        "r"(parity)
+        : "memory");
   }
 };
 

@@ -1,9 +1,9 @@
 // The residual GEMV of one block: a slice of output columns for all selected rows, by zero-copy loads.
 //
-// A thread owns a piece, the up to 16 bytes of a row that hold its outputs, and every so many of the rows. It keeps several
-// copies to shared memory in flight, since the link to the host answers after more than a microsecond, and consumes them in
-// a short loop: this code runs cold, once a launch, and unrolled it would wait longer for its instructions than for the rows.
-// Sums are float32, joined in fixed order.
+// A thread owns a piece, the up to 16 bytes of a row that hold its outputs, and every so many of the rows. It keeps
+// several copies to shared memory in flight, since the link to the host answers after more than a microsecond, and
+// consumes them in a short loop: this code runs cold, once a launch, and unrolled it would wait longer for its
+// instructions than for the rows. Sums are float32, joined in fixed order.
 
 #pragma once
 
@@ -20,7 +20,8 @@ struct alignas(kBits < 4 ? 4 * kBits : 16) Piece {
   static constexpr int kWords = kOutputs * kBits / 32;
   uint32_t words[kWords];
 
-  // What `shifted` is above the code: the code lies in the top bits of the mantissa of a number whose leading bit is 2**kBits.
+  // What `shifted` is above the code: the code lies in the top bits of the mantissa of a number whose leading bit is
+  // 2**kBits.
   static constexpr float kOffset = kBits == 16 ? 0.f : float((1 << kBits % 16) + (1 << (kBits % 16 - 1)));
 
   // Output n's signed code plus kOffset, in two instructions; the residual itself at 16 bits.
@@ -38,9 +39,9 @@ struct alignas(kBits < 4 ? 4 * kBits : 16) Piece {
   __device__ __forceinline__ float code(int n) const { return shifted(n) - kOffset; }
 };
 
-constexpr int kPieceLoads = 4;        // in flight a thread: 16 KB a block; 8 to 16 blocks then saturate the link
-constexpr int kEmitted = 4;           // outputs of a thread that are written together
-constexpr int kSlicePieces = 8;       // slices are multiples of 128 bytes at 4 bits and more: whole lines of the link
+constexpr int kPieceLoads = 4;   // in flight a thread: 16 KB a block; 8 to 16 blocks then saturate the link
+constexpr int kEmitted = 4;      // outputs of a thread that are written together
+constexpr int kSlicePieces = 8;  // slices are multiples of 128 bytes at 4 bits and more: whole lines of the link
 
 // Pieces of a row, and of each of `blocks` slices.
 __host__ __device__ constexpr int row_pieces(int d_out, int bits) {
@@ -52,9 +53,10 @@ __host__ __device__ constexpr int slice_pieces(int pieces, int blocks) {
   return (even + kSlicePieces - 1) / kSlicePieces * kSlicePieces;
 }
 
-// channel(i, factor) is the i-th of `selected` channels, or negative; emit(outputs, values) takes every output of the slice once,
-// kEmitted at a time, negative ones being none. `sums`: 32 * kSumStride floats of shared memory. Called by the whole block.
-// kGrouped: the scale depends on the channel (or is nested), so that it enters every product instead of the sums.
+// channel(i, factor) is the i-th of `selected` channels, or negative; emit(outputs, values) takes every output of the
+// slice once, kEmitted at a time, negative ones being none. `sums`: 32 * kSumStride floats of shared memory. Called by
+// the whole block. kGrouped: the scale depends on the channel (or is nested), so that it enters every product instead
+// of the sums.
 template <int kBits, bool kGrouped, class Channel, class Emit>
 __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, int selected, int slice, int slices,
                                               float* sums, Channel channel, Emit emit) {
@@ -81,7 +83,8 @@ __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, 
       if (at >= 0) {
         copy_async<P::kWords * 4>(ring + fill * kThreads + threadIdx.x, column + at * c.row_bytes);
         if constexpr (kGrouped) {
-          asm volatile("prefetch.global.L2 [%0];" ::"l"(c.residual_scale + int64_t{at / c.group_size} * d_out + output));
+          asm volatile(
+              "prefetch.global.L2 [%0];" ::"l"(c.residual_scale + int64_t{at / c.group_size} * d_out + output));
         }
       }
       close_copies();
@@ -153,11 +156,16 @@ __device__ __forceinline__ void with_residual_format(const Compensation& c, Call
     }
   };
   switch (c.bits) {
-    case 1: return with_bits(std::integral_constant<int, 1>());
-    case 2: return with_bits(std::integral_constant<int, 2>());
-    case 4: return with_bits(std::integral_constant<int, 4>());
-    case 8: return with_bits(std::integral_constant<int, 8>());
-    default: return call(std::integral_constant<int, 16>(), std::false_type());
+    case 1:
+      return with_bits(std::integral_constant<int, 1>());
+    case 2:
+      return with_bits(std::integral_constant<int, 2>());
+    case 4:
+      return with_bits(std::integral_constant<int, 4>());
+    case 8:
+      return with_bits(std::integral_constant<int, 8>());
+    default:
+      return call(std::integral_constant<int, 16>(), std::false_type());
   }
 }
 

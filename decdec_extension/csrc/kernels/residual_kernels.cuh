@@ -43,7 +43,8 @@ static __global__ void select_kernel(const void* x, int d_in, Dtype dtype, const
 // (batch, d_out) of given channels; block x of a row has a slice of the outputs. Indices outside 0..d_in-1 are skipped.
 template <int kBits, bool kGrouped>
 __global__ __launch_bounds__(kThreads) void residual_gemv_kernel(const void* x, int d_in, int d_out, Dtype dtype,
-                                                                 const Compensation c, const int32_t* indices, void* out) {
+                                                                 const Compensation c, const int32_t* indices,
+                                                                 void* out) {
   extern __shared__ __align__(16) float shared_sums[];
   const int64_t row = blockIdx.y;
   const int32_t* mine = indices + row * c.selected;
@@ -55,7 +56,7 @@ __global__ __launch_bounds__(kThreads) void residual_gemv_kernel(const void* x, 
         factor = load_element(x, row * d_in + channel, dtype) - (c.center ? __ldg(c.center + channel) : 0.f);
         return channel;
       },
-      [&](const int(&outputs)[kEmitted], const float(&values)[kEmitted]) {
+      [&](const int (&outputs)[kEmitted], const float (&values)[kEmitted]) {
 #pragma unroll
         for (int n = 0; n < kEmitted; ++n) {
           if (outputs[n] >= 0) store_element(out, row * d_out + outputs[n], dtype, values[n]);

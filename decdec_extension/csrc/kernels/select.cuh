@@ -1,8 +1,8 @@
 // Selection of the salient channels of one 1024-wide chunk by one warp, in registers.
 //
-// A lane holds 32 neighbouring channels as integer keys, larger for more salient ones: the bits of |x|, or the bucket of the
-// paper's section 4.3. The count-th largest key is searched by bisection and usually met early, as soon as some key has exactly
-// `count` keys at or above it. Ties are cut at the lowest channel; NaN and Inf have no key.
+// A lane holds 32 neighbouring channels as integer keys, larger for more salient ones: the bits of |x|, or the bucket
+// of the paper's section 4.3. The count-th largest key is searched by bisection and usually met early, as soon as some
+// key has exactly `count` keys at or above it. Ties are cut at the lowest channel; NaN and Inf have no key.
 
 #pragma once
 
@@ -33,7 +33,8 @@ __device__ __forceinline__ int channel_key(float v, const Compensation& c) {
   int low = 0, high = kBuckets - 1;
   while (low < high) {
     const int middle = (low + high) / 2;
-    if (magnitude >= c.floors[middle]) high = middle; else low = middle + 1;
+    if (magnitude >= c.floors[middle]) high = middle;
+    else low = middle + 1;
   }
   return kBuckets - 1 - low;
 }
@@ -72,8 +73,8 @@ __device__ inline void load_keys(int (&keys)[kLaneChannels], const void* x, int 
   }
 }
 
-// Bit i of the result: whether channel start + 32 lane + i is selected. `count` channels are, or all finite ones if fewer.
-// `octave`: by how much keys of numbers differ that differ by a factor of 2, or 0.
+// Bit i of the result: whether channel start + 32 lane + i is selected. `count` channels are, or all finite ones if
+// fewer. `octave`: by how much keys of numbers differ that differ by a factor of 2, or 0.
 __device__ inline uint32_t select_chunk(const int (&keys)[kLaneChannels], int count, int octave) {
   int largest = -1;
 #pragma unroll

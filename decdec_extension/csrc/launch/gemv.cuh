@@ -11,7 +11,8 @@ namespace decdec::cuda {
 template <Format kFormat, int kBits, int kRowPairs>
 void launch_gemv_rows(const GemvParams& params, int shared_bytes, cudaStream_t stream) {
   const auto kernel = gemv_kernel<kFormat, kBits, kRowPairs>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "shared memory of the GEMV");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+        "shared memory of the GEMV");
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;

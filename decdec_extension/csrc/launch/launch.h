@@ -22,7 +22,8 @@ void launch_gemv(Format format, int bits, GemvParams& params, cudaStream_t strea
 void launch_dequantize(Format format, int bits, const Weights& weights, void* out, Dtype dtype, cudaStream_t stream);
 
 // out: (d_in, d_out) of dtype.
-void launch_residual_dequantize(const Compensation& c, int d_in, int d_out, void* out, Dtype dtype, cudaStream_t stream);
+void launch_residual_dequantize(const Compensation& c, int d_in, int d_out, void* out, Dtype dtype,
+                                cudaStream_t stream);
 
 // indices: (batch, c.selected).
 void launch_select(const void* x, int batch, int d_in, Dtype dtype, const Compensation& c, int32_t* indices,

@@ -9,8 +9,9 @@ namespace {
 
 constexpr int kMaxBlocksPerSm = 2;  // as the kernel's registers allow
 constexpr int kReserved = 1024;     // bytes of shared memory a block that the driver keeps
-// Batches of weights on the way, as many as keep the memory busy: more only delay what queues behind them. With 7 batches of
-// four units 3-bit 4096x28672 took 28 us, with 3 20 us (H100, 2026-11-22). Scales that come with every batch count as well.
+// Batches of weights on the way, as many as keep the memory busy: more only delay what queues behind them. With 7
+// batches of four units 3-bit 4096x28672 took 28 us, with 3 20 us (H100, 2026-11-22). Scales that come with every batch
+// count as well.
 constexpr int stages_of(Format format, int bits) {
   return format == Format::kCodebook && batch_units(format, bits) == 4 ? 3 : 2;
 }
@@ -58,9 +59,9 @@ GemvPlan plan_gemv(const Device& device, Format format, int bits, const Weights&
   for (int resident = kMaxBlocksPerSm; resident > 0; --resident) {
     const int budget = std::min(device.shared_per_sm / resident - kReserved, device.shared_per_block);
     plan.blocks = std::max(std::min(resident * device.sms - n_tb, tiles), 1);
-    // A kernel that started early waits for its activations anyhow and may fetch weights meanwhile. But behind those the
-    // activations come late, which costs more where a block has one row tile only (H100, 3 bits: 4096x6144 6.9 us instead of
-    // 7.6, but 4096x4096 5.7 instead of 5.3).
+    // A kernel that started early waits for its activations anyhow and may fetch weights meanwhile. But behind those
+    // the activations come late, which costs more where a block has one row tile only (H100, 3 bits: 4096x6144 6.9 us
+    // instead of 7.6, but 4096x4096 5.7 instead of 5.3).
     plan.weights_first = plan.early && tiles > plan.blocks;
     if (fit(plan, budget, format, bits, weights, batch)) return plan;
   }

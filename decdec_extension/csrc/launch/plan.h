@@ -14,7 +14,8 @@ struct Device {
   bool early_launch;     // programmatic serialization: from Hopper on
 };
 
-// Two blocks an SM where their shared memory suffices. `batch` rows, n_tb blocks for compensation (0: none). Throws std::runtime_error where nothing fits.
+// Two blocks an SM where their shared memory suffices. `batch` rows, n_tb blocks for compensation (0: none). Throws
+// std::runtime_error where nothing fits.
 GemvPlan plan_gemv(const Device& device, Format format, int bits, const Weights& weights, int batch, int n_tb);
 
 }  // namespace decdec::cuda

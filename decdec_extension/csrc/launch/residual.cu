@@ -8,12 +8,14 @@ namespace decdec::cuda {
 namespace {
 
 constexpr int kBlock = 256;
-constexpr int kBlocks = 16;  // saturate the link; more only disturb each other (H100, PCIe 5: 16 blocks of 16 KB in flight)
+constexpr int kBlocks =
+    16;  // saturate the link; more only disturb each other (H100, PCIe 5: 16 blocks of 16 KB in flight)
 
 template <int kBits>
 void dequantize(const Compensation& c, int d_in, int d_out, void* out, Dtype dtype, cudaStream_t stream) {
   const int64_t threads = int64_t{d_in} * row_pieces(d_out, kBits);
-  residual_dequantize_kernel<kBits><<<unsigned((threads + kBlock - 1) / kBlock), kBlock, 0, stream>>>(c, d_in, d_out, out, dtype);
+  residual_dequantize_kernel<kBits>
+      <<<unsigned((threads + kBlock - 1) / kBlock), kBlock, 0, stream>>>(c, d_in, d_out, out, dtype);
 }
 
 template <int kBits, bool kGrouped>
@@ -21,7 +23,8 @@ void gemv(const void* x, int batch, int d_in, int d_out, Dtype dtype, const Comp
           void* out, cudaStream_t stream) {
   const auto kernel = residual_gemv_kernel<kBits, kGrouped>;
   constexpr int kBytes = 32 * kSumStride * 4;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "shared memory of the residual GEMV");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+        "shared memory of the residual GEMV");
   const int pieces = row_pieces(d_out, kBits);
   const int slices = std::min(kBlocks, (pieces + kSlicePieces - 1) / kSlicePieces);
   kernel<<<dim3(slices, batch), kThreads, kBytes, stream>>>(x, d_in, d_out, dtype, c, indices, out);
@@ -29,14 +32,24 @@ void gemv(const void* x, int batch, int d_in, int d_out, Dtype dtype, const Comp
 
 }  // namespace
 
-void launch_residual_dequantize(const Compensation& c, int d_in, int d_out, void* out, Dtype dtype, cudaStream_t stream) {
+void launch_residual_dequantize(const Compensation& c, int d_in, int d_out, void* out, Dtype dtype,
+                                cudaStream_t stream) {
   const auto run = [&](auto launch) { launch(c, d_in, d_out, out, dtype, stream); };
   switch (c.bits) {
-    case 1: run(dequantize<1>); break;
-    case 2: run(dequantize<2>); break;
-    case 4: run(dequantize<4>); break;
-    case 8: run(dequantize<8>); break;
-    default: run(dequantize<16>);
+    case 1:
+      run(dequantize<1>);
+      break;
+    case 2:
+      run(dequantize<2>);
+      break;
+    case 4:
+      run(dequantize<4>);
+      break;
+    case 8:
+      run(dequantize<8>);
+      break;
+    default:
+      run(dequantize<16>);
   }
   check(cudaGetLastError(), "launch of the residual's dequantization");
 }
@@ -55,11 +68,20 @@ void launch_residual_gemv(const void* x, int batch, int d_in, int d_out, Dtype d
     (grouped ? with_groups : plain)(x, batch, d_in, d_out, dtype, c, indices, out, stream);
   };
   switch (c.bits) {
-    case 1: run(gemv<1, false>, gemv<1, true>); break;
-    case 2: run(gemv<2, false>, gemv<2, true>); break;
-    case 4: run(gemv<4, false>, gemv<4, true>); break;
-    case 8: run(gemv<8, false>, gemv<8, true>); break;
-    default: run(gemv<16, false>, gemv<16, false>);
+    case 1:
+      run(gemv<1, false>, gemv<1, true>);
+      break;
+    case 2:
+      run(gemv<2, false>, gemv<2, true>);
+      break;
+    case 4:
+      run(gemv<4, false>, gemv<4, true>);
+      break;
+    case 8:
+      run(gemv<8, false>, gemv<8, true>);
+      break;
+    default:
+      run(gemv<16, false>, gemv<16, false>);
   }
   check(cudaGetLastError(), "launch of the residual GEMV");
 }
