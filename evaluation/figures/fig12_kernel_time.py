@@ -22,7 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--format", default="codebook", choices=("codebook", "uniform"))
     parser.add_argument("--bits", type=int, default=3, help="of the base weights (default 3)")
     parser.add_argument("--sms", type=int, help="rows of so many SMs (default: the most there are)")
-    parser.add_argument("--n-tb", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="lines to draw (default 2 4 8 16 32)")
+    parser.add_argument("--n-tb", type=int, nargs="+", default=[2, 4, 8, 16, 24, 32], help="lines to draw (default 2 4 8 16 24 32)")
     parser.add_argument("--r-bw", type=float, help="memory's rate over the link's, for the knee")
     return parser.parse_args()
 
