@@ -1,5 +1,6 @@
 """What the tests of several rooms share: running scripts as a user does, reading refusals, quick model folders."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ from torch import Tensor
 
 
 def run_script(path: str | Path, *arguments: object, **options) -> subprocess.CompletedProcess:
-    """Run a Python or shell script and capture what it prints."""
+    """Run a Python or shell script with this interpreter and capture what it prints."""
     command = [sys.executable] if str(path).endswith(".py") else ["bash"]
+    options.setdefault("env", os.environ | {"PYTHON": sys.executable})
     return subprocess.run([*command, str(path), *map(str, arguments)], capture_output=True, text=True, **options)
 
 
