@@ -3,4 +3,6 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 ./quickstart.sh --install
-exec "${VENV:-.venv}/bin/python" -m pytest "$@"
+export PYTHON=$PWD/.venv/bin/python
+[ -z "${VENV:-}" ] || PYTHON=$(realpath -s "$VENV")/bin/python
+exec "$PYTHON" -m pytest "$@"

@@ -12,7 +12,7 @@ from torch import Tensor
 def run_script(path: str | Path, *arguments: object, **options) -> subprocess.CompletedProcess:
     """Run a Python or shell script with this interpreter and capture what it prints."""
     command = [sys.executable] if str(path).endswith(".py") else ["bash"]
-    options.setdefault("env", os.environ | {"PYTHON": sys.executable})
+    options["env"] = {**os.environ, "PYTHON": sys.executable, **options.get("env", {})}
     return subprocess.run([*command, str(path), *map(str, arguments)], capture_output=True, text=True, **options)
 
 
