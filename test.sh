@@ -3,6 +3,6 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 ./quickstart.sh --install
-export PYTHON=$PWD/.venv/bin/python
-[ -z "${VENV:-}" ] || PYTHON=$(realpath -s "$VENV")/bin/python
+PYTHON=$(realpath -s "${VENV:-.venv}")/bin/python
+export PYTHON
 exec "$PYTHON" -m pytest "$@"
