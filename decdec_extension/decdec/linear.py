@@ -18,7 +18,7 @@ SELECTIONS = ("bucket", "exact", "static", "random")
 # Up to this many rows the GEMV ops read the packed weights once for all of them; beyond it dequantizing pays.
 FEW_ROWS = 8
 # Rows compensated at once in prefill and evaluation: bounds the masked copy of x to this many rows.
-ROWS_AT_ONCE = 512
+ROWS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,9 @@ class CompensatedLinear(nn.Module):
                 best = order[:sum(chunk_counts(self.in_features, k_chunk))].sort().values
                 self.static_channels = best.to(torch.int32).to(self.qweight.device)
             elif selection == "random":
-                # Layers draw apart from each other, and alike in every run.
-                self.generator = torch.Generator().manual_seed(compensation.seed + zlib.crc32(self.name.encode()))
+                # Layers draw apart from each other, and alike in every run on one kind of device.
+                seed = compensation.seed + zlib.crc32(self.name.encode())
+                self.generator = torch.Generator(self.qweight.device).manual_seed(seed)
         self.compensation = compensation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,12 +175,11 @@ class CompensatedLinear(nn.Module):
             chosen = []
             for chunk, count in enumerate(chunk_counts(self.in_features, setting.k_chunk)):
                 width = min(CHUNK, self.in_features - chunk * CHUNK)
-                drawn = torch.rand((len(rows), width), generator=self.generator).topk(count, dim=1).indices
+                draw = torch.rand((len(rows), width), generator=self.generator, device=self.generator.device)
+                drawn = draw.topk(count, dim=1).indices
                 chosen.append(drawn.sort(dim=1).values + chunk * CHUNK)
             return torch.cat(chosen, dim=1).to(torch.int32).to(rows.device)
-        at_once = FEW_ROWS if rows.is_cuda else len(rows)
-        return torch.cat([ops.select_channels(part, setting.k_chunk, self.b_0, self.b_15)
-                          for part in rows.split(at_once)])
+        return ops.select_channels(rows, setting.k_chunk, self.b_0, self.b_15)
 
     def _salient(self, rows: Tensor) -> Tensor:
         """``rows`` with every channel but the selected ones set to 0."""
