@@ -9,12 +9,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from decdec import artifacts, packing
+from decdec import artifacts, packing, plan
 from decdec.artifacts import QuantConfig
 from decdec.errors import UserError
 from decdec.files import read_json
 from decdec.linear import Compensation, CompensatedLinear, concatenate_residuals
-from decdec.models import KINDS, compute_buffers, decoder_linears
+from decdec.models import KINDS, OTHER, compute_buffers, decoder_linears
+from decdec.placement import place_residuals
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,16 @@ class Source:
     cheatsheet: Path
 
 
-def load(folder: str | Path, dtype: torch.dtype = torch.float32, compensation: Compensation | Mapping = Compensation(),
-         cheatsheet: str | Path | None = None) -> nn.Module:
-    """The Hugging Face causal LM of a DecDEC folder, on the CPU, in eval mode; ``dtype`` is of what is unquantized."""
+def load(folder: str | Path, dtype: torch.dtype = torch.float32, compensation: Compensation | Mapping | str = Compensation(),
+         cheatsheet: str | Path | None = None, device: torch.device | str = "cpu") -> nn.Module:
+    """The Hugging Face causal LM of a DecDEC folder, on ``device``, in eval mode; ``dtype`` is of what is unquantized.
+
+    On a GPU ``dtype`` is float16 or bfloat16, and residuals lie in pinned host memory.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if torch.device(device).type == "cuda" and dtype == torch.float32:
+        raise UserError("dtype: expected float16 or bfloat16 on a GPU, got float32")
     artifacts.read_quant_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -38,10 +44,12 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, compensation: C
         raise UserError(f"{folder}: config.json: {str(error).splitlines()[0]}") from None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return attach(model, folder, compensation, cheatsheet).eval()
+    model = attach(model, folder, cheatsheet=cheatsheet).eval().to(device)
+    set_compensation(model, compensation)
+    return model
 
 
-def attach(model: nn.Module, folder: str | Path, compensation: Compensation | Mapping = Compensation(),
+def attach(model: nn.Module, folder: str | Path, compensation: Compensation | Mapping | str = Compensation(),
            cheatsheet: str | Path | None = None) -> nn.Module:
     """Replace the decoder's linear layers of ``model`` by compensated ones from a DecDEC folder, in place; returns
     ``model``.
@@ -70,16 +78,26 @@ def attach(model: nn.Module, folder: str | Path, compensation: Compensation | Ma
     return model
 
 
-def set_compensation(model: nn.Module, compensation: Compensation | Mapping[str, Compensation]) -> None:
+def set_compensation(model: nn.Module, compensation: Compensation | Mapping[str, Compensation] | str,
+                     residuals: str = "host") -> None:
     """Give every compensated layer of ``model`` new settings: the same for all, or by kind (``qkv``, ``o``, ``gu``,
-    ``d``).
+    ``d``, ``other``).
 
-    Kinds that a mapping leaves out are not compensated. Residuals and thresholds are loaded on first need.
+    Kinds that a mapping leaves out are not compensated. ``"plan"`` is what the autotuner chose: the folder's
+    ``plan.json``, refused if it is of other weights or another GPU. Residuals and thresholds are loaded on first need;
+    of layers on a GPU the residuals come to pinned host memory, or with ``residuals="gpu"`` to its own.
     """
     layers = compensated_layers(model)
+    if compensation == "plan":
+        if not layers:
+            raise UserError("plan: this model has no compensated layers; attach a DecDEC folder first")
+        source = model.decdec
+        plan.apply(plan.load_plan(source.folder / plan.PLAN, source.quant, plan.this_device()), model)
+        return
     if isinstance(compensation, Mapping):
-        if unknown := set(compensation) - set(KINDS):
-            raise UserError(f"compensation: expected kinds among {', '.join(KINDS)}, got {', '.join(sorted(unknown))}")
+        if unknown := set(compensation) - {*KINDS, OTHER}:
+            raise UserError(f"compensation: expected kinds among {', '.join((*KINDS, OTHER))}, "
+                            f"got {', '.join(sorted(unknown))}")
         settings = {name: compensation.get(layer.kind, Compensation()) for name, layer in layers.items()}
     else:
         settings = dict.fromkeys(layers, compensation)
@@ -88,6 +106,7 @@ def set_compensation(model: nn.Module, compensation: Compensation | Mapping[str,
     wanted = {layers[name]: setting for name, setting in settings.items() if setting.k_chunk}
     if any(layer.residual is None for layer in wanted):
         _give_residuals([layer for layer in wanted if layer.residual is None], model.decdec)
+    place_residuals(wanted, residuals)
     calibrated = [layer for layer, setting in wanted.items()
                   if setting.selection in ("bucket", "static") and layer.thresholds is None]
     if calibrated:
@@ -101,10 +120,16 @@ def compensated_layers(model: nn.Module) -> dict[str, CompensatedLinear]:
 
 
 def memory(model: nn.Module) -> dict[str, int]:
-    """Bytes of ``model``: ``device_bytes`` of weights and buffers, ``host_bytes`` of residual rows that are in use."""
+    """Bytes of ``model``: ``device_bytes`` of weights and buffers, ``host_bytes`` of residual rows that are in use.
+
+    Residuals that were placed in a GPU's memory count there.
+    """
     on_device = {(t.data_ptr(), t.nbytes) for t in (*model.parameters(), *model.buffers())}
-    residuals = [layer.residual for layer in compensated_layers(model).values() if layer.compensation.k_chunk]
-    return {"device_bytes": sum(size for _, size in on_device), "host_bytes": sum(rows.nbytes for rows in residuals)}
+    residuals = {"host": 0, "gpu": 0}
+    for layer in compensated_layers(model).values():
+        if layer.compensation.k_chunk:
+            residuals[layer.residual_in] += layer.residual.nbytes
+    return {"device_bytes": sum(size for _, size in on_device) + residuals["gpu"], "host_bytes": residuals["host"]}
 
 
 class _Tensors:
@@ -167,8 +192,13 @@ def empty_packed(name: str, d_out: int, d_in: int, quant: QuantConfig) -> dict[s
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` into ``model`` in place of the layer ``name``."""
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+    owner = model.get_submodule(parent)
+    setattr(owner, leaf, module)
+    if not owner._parameters and not owner._buffers:
+        # Some of transformers' blocks initialise the weights of their layers, which are no longer there.
+        owner._is_hf_initialized = True
 
 
 def _load_rest(model: nn.Module, tensors: _Tensors) -> None:

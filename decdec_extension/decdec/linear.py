@@ -52,7 +52,8 @@ class CompensatedLinear(nn.Module):
     ``packed`` holds ``qweight``, ``codebook``, ``scale`` or ``qweight``, ``scales``, ``zeros`` (layouts:
     :mod:`decdec.packing`, :mod:`decdec.ops`); they become buffers that follow ``.to(device)`` but keep their dtypes.
     ``bias`` is ``(out_features,)``. ``parts`` are the names and widths of the layers fused into this one. The residual
-    rows are a plain attribute: no ``state_dict`` holds them and no ``.to()`` moves them.
+    rows are a plain attribute: no ``state_dict`` holds them, and ``.to()`` a GPU pins them in host memory
+    (:mod:`decdec.placement`; :func:`decdec.hub.set_compensation` pins those of all layers at once).
 
     An input ``(..., positions, in_features)`` with one position is a decode step and is compensated; one with more is
     prefill and is compensated only if ``compensation.prefill``. The output has the input's dtype.
@@ -74,6 +75,7 @@ class CompensatedLinear(nn.Module):
         self.bits = self.qweight.shape[2]
         self.parts = tuple(parts or [(name, self.out_features)])
         self.residual: Tensor | None = None
+        self.residual_in, self.workspace = "host", None
         self.residual_bits, self.nested = 0, False
         self.thresholds: Thresholds | None = None
         self.compensate(Compensation())
@@ -90,6 +92,13 @@ class CompensatedLinear(nn.Module):
             # .half() and the like: the packed form means what it says only in its own dtype.
             if moved.dtype != tensor.dtype:
                 setattr(self, key, tensor.to(moved.device))
+        if self.residual is not None and self.residual.device != self.qweight.device:
+            if self.qweight.is_cuda:
+                from decdec.placement import place_residuals  # which knows this class
+
+                place_residuals([self], self.residual_in)
+            elif self.qweight.is_cpu:
+                self.residual, self.workspace = self.residual.cpu(), None
         return self
 
     def set_residual(self, residual: Tensor, scale: Tensor | None, bits: int, nested: bool) -> None:
@@ -98,7 +107,7 @@ class CompensatedLinear(nn.Module):
         if residual.shape != expected or (scale is not None and scale.shape[1] != self.out_features):
             raise UserError(f"layer {self.name}: residual: expected shape {expected}, got {tuple(residual.shape)}: "
                             "a cheatsheet of another model")
-        self.residual, self.residual_bits, self.nested = residual, bits, nested
+        self.residual, self.residual_bits, self.nested, self.workspace = residual, bits, nested, None
         self.residual_scale = None if scale is None else scale.to(self.qweight.device)
 
     def set_thresholds(self, largest: Tensor, mean_square: Tensor) -> None:
@@ -143,7 +152,7 @@ class CompensatedLinear(nn.Module):
         if self.compensation.selection in ("bucket", "exact"):
             gemv = ops.codebook_gemv_compensated if self.format == "codebook" else ops.uniform_gemv_compensated
             return gemv(rows, *self._base(), self.bias, *self._residual(), self.compensation.k_chunk,
-                        self.b_0, self.b_15, n_tb=self.compensation.n_tb)
+                        self.b_0, self.b_15, n_tb=self.compensation.n_tb, workspace=self.workspace)
         return self._by_gemv(rows, False) + ops.residual_gemv(rows, self.channels(rows), *self._residual(),
                                                               self.out_features)
 
@@ -191,6 +200,10 @@ class CompensatedLinear(nn.Module):
 
 def concatenate_residuals(residuals: Sequence[Tensor], widths: Sequence[int], bits: int) -> Tensor:
     """Residual rows of layers that share their input, side by side: the rows of the layer with all their outputs."""
+    if bits == 3:  # its two parts, each by itself
+        parts = [residual.split([packing.residual_row_bytes(width, 2), packing.residual_row_bytes(width, 1)], dim=1)
+                 for residual, width in zip(residuals, widths)]
+        return torch.cat([concatenate_residuals(part, widths, of) for part, of in zip(zip(*parts), (2, 1))], dim=1)
     if all(width * bits % (8 * packing.ROW_ALIGN) == 0 for width in widths[:-1]):
         return torch.cat(list(residuals), dim=1)
     codes = [packing.unpack_residual(residual, bits, width) for residual, width in zip(residuals, widths)]

@@ -9,9 +9,13 @@ from torch import nn
 
 from decdec.errors import UserError
 
-KINDS = ("qkv", "o", "gu", "d")
-_KIND_OF = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv", "o_proj": "o", "dense": "o",
-            "gate_proj": "gu", "up_proj": "gu", "gate_up_proj": "gu", "fc1": "gu", "down_proj": "d", "fc2": "d"}
+KINDS = ("qkv", "o", "gu", "d")  # the paper's: attention's inputs and output, the MLP's inputs and output
+OTHER = "other"  # a layer whose name tells none of them; it is quantized and compensated like the rest
+_NAMES = {"qkv": "q_proj k_proj v_proj qkv_proj query_key_value query key value Wqkv wqkv c_attn",
+          "o": "o_proj out_proj dense wo attn.c_proj attention.c_proj self_attn.c_proj",
+          "gu": "gate_proj up_proj gate_up_proj fc1 fc_in c_fc dense_h_to_4h w1 w3",
+          "d": "down_proj fc2 fc_out c_proj dense_4h_to_h w2"}
+_KIND_OF = {name: kind for kind, names in _NAMES.items() for name in names.split()}
 
 
 def load_model(source: str, dtype: torch.dtype | str = "auto"):
@@ -79,11 +83,9 @@ def compute_buffers(model: nn.Module) -> None:
 
 
 def layer_kind(name: str) -> str:
-    """``qkv``, ``o``, ``gu`` or ``d`` for a linear layer's name."""
-    leaf = name.rsplit(".", 1)[-1]
-    if leaf not in _KIND_OF:
-        raise UserError(f"layer {name}: expected a name ending in one of {', '.join(sorted(_KIND_OF))}")
-    return _KIND_OF[leaf]
+    """``qkv``, ``o``, ``gu``, ``d`` or ``other`` for a linear layer's name; the last one or two parts of it decide."""
+    *_, parent, leaf = ("", *name.split("."))
+    return _KIND_OF.get(f"{parent}.{leaf}") or _KIND_OF.get(leaf, OTHER)
 
 
 def context_length(source: str) -> int:

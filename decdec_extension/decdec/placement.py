@@ -1,0 +1,39 @@
+"""Where residuals lie when their layers' weights are on a GPU: in pinned host memory, or in GPU memory."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+
+from decdec.errors import UserError
+from decdec.linear import FEW_ROWS, CompensatedLinear
+
+PLACES = ("host", "gpu")
+
+
+def place_residuals(layers: Iterable[CompensatedLinear], where: str = "host") -> None:
+    """Bring the residuals of ``layers`` to where the kernels of their weights' devices read them.
+
+    On a GPU that is ``host``, one pinned arena for all layers of that GPU, or ``gpu``, its own memory. Residuals of
+    layers on the CPU, and those already in place, stay. Layers of one GPU also share the zeroed workspace of their
+    compensated GEMVs, so they must run one after another, on one stream. Raises UserError if the memory is not there.
+    """
+    if where not in PLACES:
+        raise UserError(f"residuals: expected one of {', '.join(PLACES)}, got {where!r}")
+    groups: dict[torch.device, list[CompensatedLinear]] = defaultdict(list)
+    for layer in layers:
+        if layer.residual is not None and layer.qweight.is_cuda and layer.residual.device != layer.qweight.device:
+            groups[layer.qweight.device].append(layer)
+    for device, group in groups.items():
+        from decdec import arena  # it needs the CUDA ops
+
+        rows = [layer.residual.cpu() for layer in group]
+        try:
+            placed = arena.pin(rows, device) if where == "host" else [residual.to(device) for residual in rows]
+            size = max(arena.workspace_bytes(layer.out_features, FEW_ROWS) for layer in group)
+            workspace = torch.zeros(size, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError:
+            raise UserError(f"residuals: {sum(r.nbytes for r in rows) / 1e9:.2f} GB do not fit the memory of {device}; "
+                            "place them in host memory") from None
+        for layer, residual in zip(group, placed):
+            layer.residual, layer.workspace, layer.residual_in = residual, workspace, where
