@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from decdec.artifacts import CHEATSHEET, THRESHOLDS, QuantConfig, load_cheatsheet, load_thresholds, read_quant_config
 from decdec.errors import UserError, run
 from decdec.files import atomic, read_rows
-from decdec.models import KINDS, layer_kind
+from decdec.models import KINDS, OTHER, layer_kind
 
 from model_card import card
 from quantized_blocks import PARTS
@@ -64,7 +64,7 @@ def collect(folder: Path, quant: QuantConfig) -> tuple[dict[tuple, Kind], int]:
         if seen and layer in seen.row_energy:
             kind.output += float(seen.output_energy[layer])
             kind.error += float((seen.mean_square[layer] * seen.row_energy[layer]).sum())
-    return dict(sorted(kinds.items(), key=lambda item: KINDS.index(item[0][0]))), sum(sizes.values())
+    return dict(sorted(kinds.items(), key=lambda item: (*KINDS, OTHER).index(item[0][0]))), sum(sizes.values())
 
 
 def _bytes(part) -> int:
