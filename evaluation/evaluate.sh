@@ -9,11 +9,13 @@
 #   DATA      folder of local data: bbh/, lambada/, piqa/, mt_bench/ (default: the hub; Figure 15 needs mt_bench/)
 #   K_CHUNKS TEXT WINDOWS LENGTH       of perplexity;  TASKS LIMIT MAX_GEN_TOKS SOME_K   of Figure 14;  QUESTIONS MAX_NEW_TOKENS   of Figure 15
 #   OPENAI_BASE_URL OPENAI_API_KEY JUDGE_MODEL   the judge of Figure 15;  KERNELS   benchmark rows of Figure 12
-#   CLIENTS OTHERS TARGETS             GPUs of Figures 17 and 18 and the tuner's targets;  RESIDUAL_BITS   of Table 2 beside 4;  PYTHON   the interpreter
+#   CLIENTS OTHERS TARGETS LAW         GPUs of Figures 17 and 18, the tuner's targets, and whether to simulate the paper's law alone (LAW=1)
+#   RESIDUAL_BITS                      of Table 2 beside 4;  DEVICE   cpu (default) or cuda;  PYTHON   the interpreter
+# Figures 4, 5 and 16 and Table 2 take only the folders of fewest bits, the paper's 3.
 set -euo pipefail
 here=$(dirname "$0") setup=$(dirname "$0")/../decdec_setup tuner=$(dirname "$0")/../autotuner
 python=${PYTHON:-python3}
-usage() { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ $# -ge 2 ] || usage
 what=$1
 shift
@@ -44,7 +46,7 @@ windows=("${text[@]}")
 k_chunks=(${K_CHUNKS:-0 8 16 32 64 128})
 # shellcheck disable=SC2206
 some_k=(${SOME_K:-8 32})
-measure() { "$python" "$here/$1.py" "${@:2}"; }
+measure() { "$python" "$here/$1.py" --device "${DEVICE:-cpu}" "${@:2}"; }
 draw() { "$python" "$here/figures/$1.py" "${@:2}"; }
 figure() { local script=$1; shift; draw "$script" "$@" --out "$results/$script"; }
 
@@ -55,8 +57,14 @@ fig13_rows() {
     done
 }
 fig13() { fig13_rows; figure fig13_perplexity "$rows"; }
+narrowest() {  # fills the array `narrow`
+    local lines
+    lines=$("$python" "$here/narrowest.py" "${folders[@]}")
+    mapfile -t narrow <<<"$lines"
+}
 fig4() {
-    for folder in "${folders[@]}"; do
+    narrowest
+    for folder in "${narrow[@]}"; do
         residual "$folder" 16
         measure error_curve --model "$folder" --cheatsheet "$folder/residual_16.pt" "${text[@]}" --length "${LENGTH:-512}" \
             --out "$results/error_curve.jsonl"
@@ -64,7 +72,8 @@ fig4() {
     figure fig04_error_curve "$results/error_curve.jsonl"
 }
 fig5() {
-    for folder in "${folders[@]}"; do measure outliers --model "$folder" "${text[@]}" --out "$results/outliers.jsonl"; done
+    narrowest
+    for folder in "${narrow[@]}"; do measure outliers --model "$folder" "${text[@]}" --out "$results/outliers.jsonl"; done
     figure fig05_outliers "$results/outliers.jsonl"
 }
 fig12() { figure fig12_kernel_time "${KERNELS:-$here/../decdec_extension/benchmarks/results/h100.jsonl}"; }
@@ -89,7 +98,8 @@ fig15() {
     figure fig15_mt_bench "$results/mt_bench.jsonl"
 }
 fig16() {
-    for folder in "${folders[@]}"; do
+    narrowest
+    for folder in "${narrow[@]}"; do
         measure perplexity --model "$folder" --k-chunk "${k_chunks[@]}" --selection bucket exact static random "${windows[@]}" --out "$rows"
         measure recall --model "$folder" --k-chunk "${k_chunks[@]}" --selection bucket exact static random "${text[@]}" \
             --length "${LENGTH:-512}" --out "$results/recall.jsonl"
@@ -103,9 +113,10 @@ tuned() {  # NAME GPU...: perplexity and simulated time at the tuner's targets o
         for gpu in "${@:2}"; do
             made+=("$plans/$(basename "$folder")-$gpu.json")
             [ -f "${made[-1]}" ] && continue
-            "$python" "$tuner/run_profile.py" "$folder" --simulate "$gpu" --profile "$plans/$gpu.jsonl"
+            local simulated=("$folder" --simulate "$gpu" ${LAW:+--law} --profile "$plans/$gpu.jsonl")
+            "$python" "$tuner/run_profile.py" "${simulated[@]}"
             # shellcheck disable=SC2086
-            "$python" "$tuner/tuner.py" "$folder" --simulate "$gpu" --profile "$plans/$gpu.jsonl" --target ${TARGETS:-2.5 5 10 20} --out "${made[-1]}"
+            "$python" "$tuner/tuner.py" "${simulated[@]}" --target ${TARGETS:-2.5 5 10 20} --out "${made[-1]}"
         done
         measure tuned --model "$folder" --plan "${made[@]}" "${windows[@]}" --out "$into"
     done
@@ -120,9 +131,10 @@ residual() {  # FOLDER BITS: residual_BITS.pt in the folder
     [ -f "$1/residual_$2.pt" ] || "$python" "$setup/cheatsheet.py" "$1" --model "$original" --bits "$2" --out "$1/residual_$2.pt"
 }
 table2() {
+    narrowest
     local out=(--out "$results/table2.jsonl") wide=()
     for k in "${k_chunks[@]}"; do [ "$k" = 0 ] || wide+=("$k"); done
-    for folder in "${folders[@]}"; do
+    for folder in "${narrow[@]}"; do
         measure perplexity --model "$folder" --k-chunk 0 "${wide[@]}" "${windows[@]}" "${out[@]}"
         for bits in ${RESIDUAL_BITS:-2 8 16}; do
             residual "$folder" $bits
@@ -139,7 +151,7 @@ case $what in
     *.jsonl) rows=$what
              fig13_rows
              echo
-             measure table "$rows"
+             "$python" "$here/table.py" "$rows"
              draw fig13_perplexity "$rows" --out "${rows%.jsonl}.pdf" ;;
     all) for part in fig4 fig5 fig12 fig13 fig14 fig15 fig16 fig17 fig18 table2 table3 report; do $part; done ;;
     fig4|fig5|fig12|fig13|fig14|fig15|fig16|fig17|fig18|table2|table3|report) mkdir -p "$results"; $what ;;

@@ -98,7 +98,7 @@ def main() -> None:
                 known = find_all(rows, row)
                 if not known:
                     start = time.monotonic()
-                    model = model or DecDECLM(arguments.model, device=arguments.device, dtype=arguments.dtype,
+                    model = model or DecDECLM(arguments.model, device=arguments.device, dtype=subject.dtype,
                                               cheatsheet=arguments.cheatsheet, batch_size=arguments.batch_size)
                     model.compensate(setting.compensation(subject.seed, prefill=False), arguments.compensate_prompt)
                     shorter = {"max_gen_toks": arguments.max_gen_toks} if arguments.max_gen_toks else None

@@ -86,7 +86,7 @@ class Subject:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="DecDEC folder, or an original model's folder or hub id")
     parser.add_argument("--cheatsheet", help="another residual file than the folder's cheatsheet.pt")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default float32, on a GPU float16")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--seed", type=int, default=0, help="of whatever is drawn at random (default 0)")
 
@@ -105,11 +105,12 @@ def from_arguments(arguments: argparse.Namespace) -> Subject:
             raise UserError(f"--k-chunk: expected 0..1024, got {k_chunk}")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device: no GPU is visible to torch; use cpu")
+    dtype = arguments.dtype or ("float16" if arguments.device.startswith("cuda") else "float32")
     models.check_source(arguments.model)
     folder = Path(arguments.model)
     quantized = folder.is_dir() and "quantization_config" in read_json(folder / "config.json")
     return Subject(arguments.model, artifacts.read_quant_config(folder) if quantized else None,
-                   Path(arguments.cheatsheet) if arguments.cheatsheet else None, arguments.dtype, arguments.device, arguments.seed)
+                   Path(arguments.cheatsheet) if arguments.cheatsheet else None, dtype, arguments.device, arguments.seed)
 
 
 def folder_from_arguments(arguments: argparse.Namespace) -> Subject:

@@ -8,7 +8,7 @@ import argparse
 from series import KINDS, METHODS, bench_rows, written
 
 from decdec import figure_style as style
-from decdec.errors import UserError, run
+from decdec.errors import run
 
 ORDERS = {"sorted": "by $|x|$", "random": "at random"}
 
@@ -19,11 +19,9 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="figure to write (.pdf and .png)")
     parser.add_argument("--method", help="method to draw (default: that of the last row)")
     arguments = parser.parse_args()
-    rows = bench_rows(arguments.rows, "error_curve", ("model", "text_hash", "window_length", "positions"))
-    method = arguments.method or rows[-1]["method"]
-    rows = [row for row in rows if row["method"] == method]
-    if not rows:
-        raise UserError(f"--method: no rows of {method}")
+    rows = bench_rows(arguments.rows, "error_curve", ("weights_hash", "text_hash", "window_length", "positions", "dtype"),
+                      lambda row: arguments.method in (None, row["method"]))
+    method = rows[-1]["method"]
     blocks = sorted({row["block"] for row in rows})
     with style.figure(arguments.out, height=3.4, nrows=2, ncols=2, sharex=True, sharey=True) as (figure, axes):
         for panel, kind in zip(axes.flat, KINDS, strict=True):

@@ -33,11 +33,10 @@ def main() -> None:
     parser.add_argument("--selection", default="bucket", help="the selection whose rows are drawn (default bucket)")
     parser.add_argument("--compensate-prompt", action="store_true", help="draw the rows whose prompts were compensated too")
     arguments = parser.parse_args()
-    wanted = ("none", "every position" if arguments.compensate_prompt else "generated tokens")
-    rows = [row for row in bench_rows(arguments.rows, "lm_eval", ("model", "limit", "max_gen_toks", "dtype"))
-            if row["task"].startswith("bbh_") and row["metric"] == "exact_match" and row["compensated"] in wanted]
-    if not rows:
-        raise UserError(f"{', '.join(arguments.rows)}: no BBH rows with compensation of {wanted[1]}")
+    compensated = ("none", "every position" if arguments.compensate_prompt else "generated tokens")
+    rows = bench_rows(arguments.rows, "lm_eval", ("model", "limit", "max_gen_toks", "dtype"),
+                      lambda row: (row["task"].startswith("bbh_") and row["metric"] == "exact_match"
+                                   and row["compensated"] in compensated))
     means, subtasks = accuracies(rows)
     lines, original = by_k_chunk(means, "accuracy", arguments.selection)
     with style.figure(arguments.out) as (_, axes):

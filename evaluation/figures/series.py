@@ -2,7 +2,7 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from decdec import figure_style as style
 from decdec.errors import UserError
@@ -14,12 +14,14 @@ KINDS = {"qkv": "q, k, v", "o": "output", "gu": "gate, up", "d": "down"}
 TEXT = ("model", "text_hash", "windows", "window_length", "dtype")
 
 
-def bench_rows(paths: Iterable[str], bench: str, conditions: Sequence[str] = ()) -> list[dict]:
-    """Rows of ``bench`` in the files ``paths``; only those that agree with the last one in ``conditions`` can be compared."""
+def bench_rows(paths: Iterable[str], bench: str, conditions: Sequence[str] = (),
+               wanted: Callable[[dict], bool] = lambda row: True) -> list[dict]:
+    """Rows of ``bench`` in the files ``paths`` that are ``wanted``; only those that agree with the last one in ``conditions``
+    can be compared."""
     paths = list(paths)
-    rows = [row for path in paths for row in read_rows(path) if row.get("bench") == bench]
+    rows = [row for path in paths for row in read_rows(path) if row.get("bench") == bench and wanted(row)]
     if not rows:
-        raise UserError(f"{', '.join(paths)}: no {bench} rows")
+        raise UserError(f"{', '.join(paths)}: no {bench} rows of what is to be drawn")
     kept = [row for row in rows if all(row.get(name) == rows[-1].get(name) for name in conditions)]
     if len(kept) < len(rows):
         print(f"{len(rows) - len(kept)} rows of other {', '.join(conditions)} are left out", file=sys.stderr)
