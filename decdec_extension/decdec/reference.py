@@ -141,3 +141,43 @@ def uniform_gemv_compensated(x: Tensor, qweight: Tensor, scales: Tensor, zeros: 
     indices = select_channels(x, k_chunk, b_0, b_15, center)
     return (base + _residual_product(x, indices, residual, residual_scale, residual_bits, nested, scales.shape[1],
                                      center)).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def rotate(x: Tensor, positions: Tensor, frequencies: Tensor, rotary_scaling: float) -> Tensor:
+    """Rotary positions int64 ``(T,)`` on the first ``2 * len(frequencies)`` numbers of every head of ``x`` ``(T, heads, head_dim)``."""
+    angles = (positions[:, None].float() * frequencies)[:, None]
+    cosine, sine = ((f(angles) * rotary_scaling).to(x.dtype) for f in (torch.cos, torch.sin))
+    first, second, rest = x.split((len(frequencies), len(frequencies), x.shape[-1] - 2 * len(frequencies)), dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine, rest), dim=-1)
+
+
+def attend(qkv: Tensor, position: Tensor, keys: Tensor, values: Tensor, frequencies: Tensor, rotary_scaling: float,
+           long_from: int, scaling: float, window: int, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
+           eps: float = 1e-6, workspace: Tensor | None = None) -> Tensor:
+    kv_heads, _, head_dim = keys.shape
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    q, k, v = qkv.view(1, -1, head_dim).split((heads, kv_heads, kv_heads), dim=1)
+    q = q if q_norm is None else rms_norm(q, q_norm, eps)
+    k = k if k_norm is None else rms_norm(k, k_norm, eps)
+    at = int(position)
+    row = frequencies[-1 if at >= long_from else 0]
+    keys[:, at], values[:, at] = rotate(k, position, row, rotary_scaling)[0], v[0]
+    seen = slice(max(0, at + 1 - window) if window else 0, at + 1)
+    q = rotate(q, position, row, rotary_scaling)[0].float().view(kv_heads, heads // kv_heads, head_dim)
+    scores = torch.einsum("ghd,gtd->ght", q, keys[:, seen].float()) * scaling
+    return torch.einsum("ght,gtd->ghd", scores.softmax(-1), values[:, seen].float()).reshape(1, -1).to(qkv.dtype)
+
+
+def head_gemv(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    logits = x.float() @ weight.float().t()
+    return logits if scale is None else logits * scale

@@ -1,6 +1,5 @@
 // The CUDA implementations of decdec's ops: check arguments, fill plain structs, launch on the caller's stream.
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -9,44 +8,17 @@
 #include <cmath>
 #include <vector>
 
-#include "binding/checks.h"
-#include "binding/current_stream.h"
-#include "launch/launch.h"
+#include "binding/cuda_call.h"
 
 namespace decdec {
 
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
 using cuda::Compensation;
 using cuda::Dtype;
 using cuda::Format;
 using cuda::GemvParams;
 using cuda::Weights;
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.data_ptr());
-}
-
-template <class T>
-const T* data(const OptionalTensor& tensor) {
-  return tensor ? data<T>(*tensor) : nullptr;
-}
-
-Dtype dtype_of(ScalarType dtype) {
-  return dtype == ScalarType::Half ? Dtype::kHalf : dtype == ScalarType::BFloat16 ? Dtype::kBfloat16 : Dtype::kFloat;
-}
-
-// The device of a tensor is current, and its stream the caller's, while this lives.
-struct OnDevice {
-  torch::stable::accelerator::DeviceGuard guard;
-  cudaStream_t stream;
-
-  explicit OnDevice(const Tensor& tensor)
-      : guard(tensor.get_device_index()),
-        stream(static_cast<cudaStream_t>(current_stream(tensor.get_device_index()))) {}
-};
 
 void check_cuda_x(const char* op, const Tensor& x) {
   check_x(op, x);
@@ -140,17 +112,6 @@ struct CompensationArguments {
   int64_t n_tb;
   const OptionalTensor& workspace;
 };
-
-void check_workspace(const char* op, const OptionalTensor& workspace, int64_t bytes, const Tensor& x) {
-  if (!workspace) return;
-  if (workspace->scalar_type() == ScalarType::Byte && workspace->is_contiguous() && workspace->numel() >= bytes &&
-      same_device(*workspace, x) && reinterpret_cast<uintptr_t>(workspace->data_ptr()) % 8 == 0) {
-    return;
-  }
-  std::ostringstream expected;
-  expected << "contiguous zeroed uint8 of at least " << bytes << " bytes, aligned to 8, on the device of x";
-  fail(op, "workspace", expected.str(), describe(*workspace));
-}
 
 Tensor multiply_compensated(const char* op, const Tensor& x, Format format, int64_t bits, const Weights& weights,
                             const OptionalTensor& bias, const CompensationArguments& a) {

@@ -1,0 +1,228 @@
+// Attention of one token: q/k norm, rotary positions, its key and value into the cache, and the live places attended.
+//
+// A block serves the query heads that share a key/value head, for a slice of the places; the slices follow the live
+// length, which is read on the device, so one captured launch serves any length and blocks without a slice leave at
+// once. Groups of lanes walk over places, each with its own running softmax; these are merged in the block, and the
+// blocks' in the last of them to finish.
+
+#pragma once
+
+#include "decode_params.h"
+#include "vectors.cuh"
+
+namespace decdec::cuda {
+
+constexpr int kPlacesAtOnce = 4;  // keys and values on the way to a lane
+
+// One head's vector by one warp: read, normed if there is a norm, turned by the position; left in `to` as floats.
+template <Dtype kDtype>
+__device__ inline void prepare_head(const AttendParams& p, int from_head, const void* norm, int64_t position, float* to) {
+  const int lane = threadIdx.x % 32;
+  float square = 0;
+  for (int d = lane; d < p.head_dim; d += 32) {
+    const float v = load_element(p.qkv, int64_t{from_head} * p.head_dim + d, kDtype);
+    to[d] = v;
+    square = fmaf(v, v, square);
+  }
+  if (norm) {
+    const float factor = rsqrtf(warp_sum(square) / float(p.head_dim) + p.eps);
+    for (int d = lane; d < p.head_dim; d += 32) {
+      to[d] = rounded<kDtype>(rounded<kDtype>(to[d] * factor) * load_element(norm, d, kDtype));
+    }
+  }
+  __syncwarp();
+  const int pairs = p.rotary / 2;
+  const float* frequencies = p.frequencies + (position >= p.long_from ? pairs : 0);
+  for (int i = lane; i < pairs; i += 32) {
+    float sine, cosine;
+    sincosf(float(position) * __ldg(frequencies + i), &sine, &cosine);
+    sine *= p.rotary_scaling, cosine *= p.rotary_scaling;
+    const float a = to[i], b = to[pairs + i];
+    to[i] = a * cosine - b * sine;
+    to[pairs + i] = b * cosine + a * sine;
+  }
+  __syncwarp();
+}
+
+// kLanes lanes read a place's key or value, eight numbers each; kHeads query heads are served.
+template <Dtype kDtype, int kLanes, int kHeads>
+__global__ void __launch_bounds__(kAttendThreads) attend_kernel(const __grid_constant__ AttendParams p) {
+  constexpr int kWide = 8 * kLanes;  // head_dim, rounded up
+  constexpr int kRows = 32 / kLanes;
+  __shared__ float queries[kHeads][kWide];
+  __shared__ float merged[kAttendWarps][kHeads][kWide];
+  __shared__ float2 weights[kAttendWarps][kHeads];  // largest score, weight
+  __shared__ float key[kWide];
+  __shared__ bool last_block;
+  allow_next_kernel();
+  wait_for_last_kernel();
+
+  const int64_t position = *p.position;
+  const int64_t live = min(position + 1, p.places), begin = p.window ? max(live - p.window, int64_t{0}) : 0;
+  const int span = int(live - begin);
+  const int slice = max(kMinPlaces, ((span + p.splits - 1) / p.splits + 15) / 16 * 16);
+  const int active = (span + slice - 1) / slice;
+  const int split = blockIdx.x;
+  if (split >= active) return;
+  const int64_t first = begin + int64_t{split} * slice, end = min(first + slice, live);
+
+  const int kv_head = blockIdx.y / p.groups, sharing = p.heads / p.kv_heads;
+  const int head = kv_head * sharing + blockIdx.y % p.groups * kHeads;
+  const int heads = min(kHeads, sharing - blockIdx.y % p.groups * kHeads);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, dim = p.head_dim;
+  uint16_t* keys = static_cast<uint16_t*>(p.keys) + int64_t{kv_head} * p.places * dim;
+  uint16_t* values = static_cast<uint16_t*>(p.values) + int64_t{kv_head} * p.places * dim;
+  for (int h = warp; h < kHeads; h += kAttendWarps) {
+    for (int d = dim + lane; d < kWide; d += 32) queries[h][d] = 0;
+    if (h < heads) prepare_head<kDtype>(p, head + h, p.q_norm, position, queries[h]);
+    // Scores are powers of two from here on.
+    for (int d = lane; d < dim; d += 32) queries[h][d] = h < heads ? queries[h][d] * (p.scaling * 1.44269504f) : 0.f;
+  }
+  if (end == live && warp == kAttendWarps - 1) {  // every group of heads writes the same
+    prepare_head<kDtype>(p, p.heads + kv_head, p.k_norm, position, key);
+    for (int d = lane; d < dim; d += 32) {
+      store_element(keys, (live - 1) * dim + d, kDtype, key[d]);
+      values[(live - 1) * dim + d] =
+          static_cast<const uint16_t*>(p.qkv)[int64_t{p.heads + p.kv_heads + kv_head} * dim + d];
+    }
+  }
+  __syncthreads();
+
+  const int piece = lane % kLanes;
+  const bool reads = 8 * piece < dim;
+  float query[kHeads][8], sum[kHeads][8], largest[kHeads], weight[kHeads];
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) {
+    largest[h] = -1e30f, weight[h] = 0;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) query[h][j] = queries[h][8 * piece + j], sum[h][j] = 0;
+  }
+  constexpr int kStride = kAttendWarps * kRows;
+  for (int64_t start = first + warp * kRows + lane / kLanes; start - lane / kLanes < end;
+       start += kStride * kPlacesAtOnce) {
+    uint4 k[kPlacesAtOnce], v[kPlacesAtOnce];
+#pragma unroll
+    for (int u = 0; u < kPlacesAtOnce; ++u) {
+      const int64_t place = start + u * kStride;
+      k[u] = v[u] = make_uint4(0, 0, 0, 0);
+      if (place < end && reads) {
+        k[u] = *reinterpret_cast<const uint4*>(keys + place * dim + 8 * piece);
+        v[u] = *reinterpret_cast<const uint4*>(values + place * dim + 8 * piece);
+      }
+    }
+    float score[kPlacesAtOnce][kHeads];
+#pragma unroll
+    for (int u = 0; u < kPlacesAtOnce; ++u) {
+      float numbers[8];
+      unpack<kDtype>(k[u], numbers);
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        float dot = 0;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) dot = fmaf(query[h][j], numbers[j], dot);
+        score[u][h] = dot;
+      }
+    }
+#pragma unroll
+    for (int mask = kLanes / 2; mask > 0; mask /= 2) {
+#pragma unroll
+      for (int u = 0; u < kPlacesAtOnce; ++u) {
+#pragma unroll
+        for (int h = 0; h < kHeads; ++h) score[u][h] += __shfl_xor_sync(0xffffffff, score[u][h], mask);
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      float top = largest[h];
+#pragma unroll
+      for (int u = 0; u < kPlacesAtOnce; ++u) {
+        if (start + u * kStride >= end) score[u][h] = -INFINITY;
+        top = fmaxf(top, score[u][h]);
+      }
+      const float shrink = exp2f(largest[h] - top);
+      largest[h] = top;
+      weight[h] *= shrink;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum[h][j] *= shrink;
+#pragma unroll
+      for (int u = 0; u < kPlacesAtOnce; ++u) weight[h] += score[u][h] = exp2f(score[u][h] - top);
+    }
+#pragma unroll
+    for (int u = 0; u < kPlacesAtOnce; ++u) {
+      float numbers[8];
+      unpack<kDtype>(v[u], numbers);
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sum[h][j] = fmaf(score[u][h], numbers[j], sum[h][j]);
+      }
+    }
+  }
+
+  // The groups of lanes of a warp, then the warps.
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+    for (int mask = kLanes; mask < 32; mask *= 2) {
+      const float other = __shfl_xor_sync(0xffffffff, largest[h], mask), top = fmaxf(largest[h], other);
+      const float mine = exp2f(largest[h] - top), theirs = exp2f(other - top);
+      largest[h] = top;
+      weight[h] = weight[h] * mine + __shfl_xor_sync(0xffffffff, weight[h], mask) * theirs;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        sum[h][j] = sum[h][j] * mine + __shfl_xor_sync(0xffffffff, sum[h][j], mask) * theirs;
+      }
+    }
+    if (lane < kLanes) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) merged[warp][h][8 * piece + j] = sum[h][j];
+    }
+    if (lane == 0) weights[warp][h] = make_float2(largest[h], weight[h]);
+  }
+  __syncthreads();
+  float* parts = p.partials;
+  const int part = dim + 2;
+  for (int i = threadIdx.x; i < heads * dim; i += kAttendThreads) {
+    const int h = i / dim, d = i % dim;
+    float top = -1e30f, total = 0, share = 0;
+#pragma unroll
+    for (int w = 0; w < kAttendWarps; ++w) top = fmaxf(top, weights[w][h].x);
+#pragma unroll
+    for (int w = 0; w < kAttendWarps; ++w) {
+      const float factor = exp2f(weights[w][h].x - top);
+      total += merged[w][h][d] * factor, share += weights[w][h].y * factor;
+    }
+    if (active == 1) {
+      store_element(p.out, int64_t{head} * dim + i, kDtype, total / share);
+    } else {
+      float* to = parts + (int64_t{head + h} * p.splits + split) * part;
+      to[d] = total;
+      if (d == 0) to[dim] = top, to[dim + 1] = share;
+    }
+  }
+  if (active == 1) return;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last_block = atomicAdd(p.counters + blockIdx.y, 1u) == active - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!last_block) return;
+  if (threadIdx.x == 0) p.counters[blockIdx.y] = 0;
+  for (int i = threadIdx.x; i < heads * dim; i += kAttendThreads) {
+    const int h = i / dim, d = i % dim;
+    const float* from = parts + int64_t{head + h} * p.splits * part;
+    float top = -1e30f, total = 0, share = 0;
+    for (int s = 0; s < active; ++s) {
+      const float score = __ldcg(from + s * part + dim), next = fmaxf(top, score);
+      const float shrink = exp2f(top - next), factor = exp2f(score - next);
+      total = total * shrink + __ldcg(from + s * part + d) * factor;
+      share = share * shrink + __ldcg(from + s * part + dim + 1) * factor;
+      top = next;
+    }
+    store_element(p.out, int64_t{head} * dim + i, kDtype, total / share);
+  }
+}
+
+}  // namespace decdec::cuda

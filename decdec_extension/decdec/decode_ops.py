@@ -1,0 +1,79 @@
+"""The small ops of a decoding step, between its linear layers: wrappers of ``torch.ops.decdec.*`` and their fakes.
+
+:mod:`decdec.reference` specifies them, and is what runs on the CPU: there the linear layers take nearly all of a step.
+On a GPU each is one kernel that may start while the one ahead of it ends; x is float16 or bfloat16 there. Sums are
+accumulated in float32.
+"""
+
+import torch
+from torch import Tensor
+
+from decdec import _library, reference
+
+_library.load()
+_ops = torch.ops.decdec
+for _name in ("rms_norm", "silu_mul", "attend", "head_gemv"):
+    torch.library.impl(f"decdec::{_name}", "CPU")(getattr(reference, _name))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / rms(x) * weight`` of every row of ``x`` ``(rows, width)``, in its dtype; ``weight`` ``(width,)``.
+
+    On a GPU ``width`` is a multiple of 8 and at most 32768.
+    """
+    return _ops.rms_norm(x, weight, eps)
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """``silu(gate) * up`` of every row ``[gate, up]`` of ``x`` ``(rows, 2 width)``; on a GPU ``width`` is a multiple of 8."""
+    return _ops.silu_mul(x)
+
+
+def attend(qkv: Tensor, position: Tensor, keys: Tensor, values: Tensor, frequencies: Tensor, rotary_scaling: float,
+           long_from: int, scaling: float, window: int, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
+           eps: float = 1e-6, workspace: Tensor | None = None) -> Tensor:
+    """Attention of one token at ``position`` int64 ``(1,)``: ``(1, heads * head_dim)`` in the dtype of ``qkv``.
+
+    ``qkv`` is ``(1, (heads + 2 kv_heads) * head_dim)``. Its key, normed by ``k_norm`` ``(head_dim,)`` if given and turned by
+    the position, and its value are written to ``keys`` and ``values`` ``(kv_heads, places, head_dim)`` at ``position``,
+    below ``places``; the queries, normed and turned alike, attend to the places up to it, the last ``window`` of them if
+    that is not 0. ``frequencies`` float32 ``(1 or 2, rotary / 2)``: radians a position of the pairs ``(i, i + rotary / 2)``
+    of a head; positions from ``long_from`` on take the last row. Sines and cosines are multiplied by
+    ``rotary_scaling``, scores by ``scaling``.
+
+    On a GPU ``head_dim`` is a multiple of 8 and at most 256, the cost goes with the live length, and ``workspace`` is
+    uint8, all zero between calls, ``4 * heads`` bytes; calls that may overlap need one each. The order of sums depends
+    on the number of SMs alone.
+    """
+    return _ops.attend(qkv, position, keys, values, frequencies, rotary_scaling, long_from, scaling, window, q_norm,
+                       k_norm, eps, workspace)
+
+
+def head_gemv(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Logits float32 ``(1, vocab)`` of the hidden state ``x`` ``(1, width)``.
+
+    ``weight`` is ``(vocab, width)`` in the dtype of ``x``, or int8 with float32 ``scale`` ``(vocab,)``. On a GPU ``width`` is a
+    multiple of 8, of int8 weights of 16.
+    """
+    return _ops.head_gemv(x, weight, scale)
+
+
+@torch.library.register_fake("decdec::rms_norm")
+def _(x, weight, eps):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("decdec::silu_mul")
+def _(x):
+    return x.new_empty((x.shape[0], x.shape[1] // 2))
+
+
+@torch.library.register_fake("decdec::attend")
+def _(qkv, position, keys, values, frequencies, rotary_scaling, long_from, scaling, window, q_norm=None, k_norm=None,
+      eps=1e-6, workspace=None):
+    return qkv.new_empty((1, qkv.shape[1] - 2 * keys.shape[0] * keys.shape[2]))
+
+
+@torch.library.register_fake("decdec::head_gemv")
+def _(x, weight, scale=None):
+    return x.new_empty((1, weight.shape[0]), dtype=torch.float32)
