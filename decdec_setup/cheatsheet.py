@@ -19,8 +19,7 @@ from decdec.errors import UserError, run
 from decdec.files import tensors_hash
 from decdec.models import decoder_blocks, decoder_linears, load_model, original_of
 from decdec.original import save_original_cheatsheet
-from decdec.packing import RESIDUAL_BITS
-from decdec.residual import pack_layer
+from decdec.residual import NESTED_BITS, PAPER_BITS, pack_layer
 
 from base_model import BaseModel
 from folder import local_folder
@@ -30,20 +29,22 @@ from scaling import read_scaling, scaled_state
 LAYOUTS = ("decdec", "original")
 
 
-def make_cheatsheet(folder: str | Path, model: str | None = None, bits: int = 4, nested: bool = False, layout: str = "decdec",
-                    out: str | Path | None = None, device: str = "cpu") -> Path | None:
-    """Write the cheatsheet of a folder made by quantize.py; returns its path, None if it was there already."""
+def make_cheatsheet(folder: str | Path, model: str | None = None, bits: int | None = None, nested: bool = False,
+                    layout: str = "decdec", out: str | Path | None = None, device: str = "cpu") -> Path | None:
+    """Write the cheatsheet of a folder made by quantize.py; returns its path, None if it was there already.
+
+    Residuals in the paper's form, of 4 bits unless said otherwise, or ``nested``, of 2.
+    """
+    bits = bits or (2 if nested else 4)
     _check(bits, nested, layout)
     folder = Path(folder)
     quant = read_quant_config(folder)
-    if nested and quant.format != "uniform":
-        raise UserError(f"nested: expected a uniform base (awq or rtn), whose grid has a step; {folder} holds {quant.format}")
     out = Path(out) if out else folder / (CHEATSHEET if layout == "decdec" else f"original/{CHEATSHEET}")
     if layout == "decdec" and _is_there(out, quant, bits, nested):
         return None
     base = BaseModel(local_folder(model or original_of(folder, quant.base_model)))
-    return _write(out, _packed_layers(folder, base, nested, device), len(base.linears()), quant, bits, nested, layout,
-                  base.prefix)
+    layers = _packed_layers(folder, base, nested and quant.format == "uniform", device)
+    return _write(out, layers, len(base.linears()), quant, bits, nested, layout, base.prefix)
 
 
 def make_from_two_folders(original: str, quantized: str, out: str | Path, bits: int = 4, layout: str = "decdec") -> Path:
@@ -62,7 +63,7 @@ def make_from_two_folders(original: str, quantized: str, out: str | Path, bits: 
 
 
 def _check(bits: int, nested: bool, layout: str) -> None:
-    allowed = tuple(b for b in RESIDUAL_BITS if (b < 8 if nested else b > 1))
+    allowed = NESTED_BITS if nested else PAPER_BITS
     if bits not in allowed:
         raise UserError(f"bits: expected one of {allowed}{' for nested residuals' if nested else ''}, got {bits}")
     if layout not in LAYOUTS:
@@ -79,13 +80,13 @@ def _is_there(path: Path, quant: QuantConfig, bits: int, nested: bool) -> bool:
     return (sheet.bits, sheet.nested) == (bits, nested)
 
 
-def _packed_layers(folder: Path, base: BaseModel, nested: bool,
+def _packed_layers(folder: Path, base: BaseModel, scales: bool,
                    device: str) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
-    """``(layer, original, quantized, the base's own scales if nested)`` of every layer, on ``device``, the weights in float32."""
+    """``(layer, original, quantized, the base's own scales if wanted)`` of every layer, on ``device``, the weights in float32."""
     scaling, quantized = read_scaling(folder), QuantizedBlocks(folder)
     for name, module in base.linears().items():
         original = scaled_state(f"{name}.weight", base.tensor(f"{name}.weight").to(device), scaling).float()
-        step = quantized.parts(name, device)[1] if nested else None
+        step = quantized.parts(name, device)[1] if scales else None
         yield name, original, quantized.weight(name, module.weight.shape, device), step
 
 
@@ -94,11 +95,12 @@ def _write(out: Path, layers: Iterator[tuple[str, Tensor, Tensor, Tensor | None]
     residual, scale, norms = {}, {}, {}
     for name, original, quantized, base_scales in tqdm(layers, total=count, desc="residuals", unit="layer"):
         difference = original - quantized
-        rows, step = pack_layer(difference.cpu(), bits, None if base_scales is None else base_scales.cpu())
+        # The paper's search runs on the CPU alone; the rest where the layer is.
+        rows, step = pack_layer(difference if nested else difference.cpu(), bits, nested, base_scales)
         moved = (rows.to(original.device), None if step is None else step.to(original.device))
         kept = reference.residual_dequantize(*moved, bits, nested, len(original), torch.float32)
         norms[name] = tuple(float(part.norm()) for part in (original, difference, difference - kept.t()))
-        residual[name], scale[name] = rows, step
+        residual[name], scale[name] = rows.cpu(), None if step is None else step.cpu()
     if layout == "original":
         save_original_cheatsheet(out, residual, scale, prefix)
     else:
@@ -110,8 +112,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", metavar="FOLDER", help="folder made by quantize.py")
     parser.add_argument("--model", help="original model, if it is no longer where quantize.py found it")
-    parser.add_argument("--bits", type=int, default=4, help="residual bits: 2, 4, 8 or 16; nested 1, 2 or 4 (default %(default)s)")
-    parser.add_argument("--nested", action="store_true", help="split the base grid's own step instead (uniform bases)")
+    parser.add_argument("--nested", action="store_true",
+                        help="split the base grid's own step, or for a codebook the interval that fits, instead of the paper's form")
+    parser.add_argument("--bits", type=int, help="residual bits: 2, 4, 8 or 16 (default 4); nested 1, 2, 3 or 4 (default 2)")
     parser.add_argument("--layout", default="decdec", help="decdec, or original: the paper's artifact's (default %(default)s)")
     parser.add_argument("--original", help="with --quantized: folder of the original model")
     parser.add_argument("--quantized", help="with --original: folder of the model with fake-quantized weights")
@@ -123,7 +126,7 @@ def main() -> None:
     if args.folder and not (args.original or args.quantized):
         wrote = make_cheatsheet(args.folder, args.model, args.bits, args.nested, args.layout, args.out, args.device)
     elif args.original and args.quantized and args.out and not args.folder and not args.nested:
-        wrote = make_from_two_folders(args.original, args.quantized, args.out, args.bits, args.layout)
+        wrote = make_from_two_folders(args.original, args.quantized, args.out, args.bits or 4, args.layout)
     else:
         raise UserError("expected FOLDER, or --original, --quantized and --out (and then no --nested)")
     print(json.dumps({"wrote": str(wrote), "bytes": wrote.stat().st_size}) if wrote else

@@ -23,7 +23,8 @@ Residuals: the row layout, version 1
 ------------------------------------
 ``(d_in, row_bytes)`` uint8, one row an input channel, outputs in natural order, lowest bits first: output ``o`` of a
 ``bits``-bit residual lies in byte ``o * bits // 8`` from bit ``o * bits % 8``. A row is padded to a multiple of 16 bytes, so
-that every row can be read by 16-byte loads. The unsigned code is ``c + 2**(bits - 1)``. At 16 bits a row is ``d_out`` float16.
+that every row can be read by 16-byte loads. The unsigned code is ``c + 2**(bits - 1)``. A row of 3 bits is the 2-bit row of the
+codes' high bits, then the 1-bit row of their low bits, each padded. At 16 bits a row is ``d_out`` float16.
 """
 
 import torch
@@ -37,7 +38,7 @@ UNIT_INPUTS = 64
 ROW_ALIGN = 16
 
 BASE_BITS = (2, 3, 4)
-RESIDUAL_BITS = (1, 2, 4, 8, 16)
+RESIDUAL_BITS = (1, 2, 3, 4, 8, 16)
 
 
 def packed_shape(d_out: int, d_in: int, bits: int) -> tuple[int, int, int, int]:
@@ -46,7 +47,9 @@ def packed_shape(d_out: int, d_in: int, bits: int) -> tuple[int, int, int, int]:
 
 
 def residual_row_bytes(d_out: int, bits: int) -> int:
-    """Bytes of one packed residual row: ``d_out`` codes of ``bits`` bits, rounded up to 16 bytes."""
+    """Bytes of one packed residual row: ``d_out`` codes of ``bits`` bits, rounded up to 16 bytes (3 bits: those of 2 and of 1)."""
+    if bits == 3:
+        return residual_row_bytes(d_out, 2) + residual_row_bytes(d_out, 1)
     return -(-(-(-d_out * bits // 8)) // ROW_ALIGN) * ROW_ALIGN
 
 
@@ -103,7 +106,7 @@ def unpack_codes(qweight: Tensor, d_out: int, d_in: int) -> Tensor:
 def pack_residual(codes: Tensor, bits: int) -> Tensor:
     """Pack residual codes into the row layout.
 
-    ``codes`` is ``(d_in, d_out)``: signed integers in ``-2**(bits-1) .. 2**(bits-1)-1`` for 1, 2, 4 and 8 bits, the residual
+    ``codes`` is ``(d_in, d_out)``: signed integers in ``-2**(bits-1) .. 2**(bits-1)-1`` for 1 to 8 bits, the residual
     itself (stored as float16) for 16. Returns uint8 ``(d_in, residual_row_bytes(d_out, bits))``.
     """
     if bits not in RESIDUAL_BITS:
@@ -115,6 +118,8 @@ def pack_residual(codes: Tensor, bits: int) -> Tensor:
         return packed
     unsigned = codes.to(torch.int16) + (1 << (bits - 1))
     _check_codes(unsigned, bits, RESIDUAL_BITS)
+    if bits == 3:
+        return torch.cat([pack_residual((unsigned >> 1) - 2, 2), pack_residual((unsigned & 1) - 1, 1)], dim=1)
     per_byte = 8 // bits
     width = -(-d_out // per_byte) * per_byte
     padded = torch.zeros((d_in, width), dtype=torch.uint8, device=codes.device)
@@ -132,6 +137,9 @@ def unpack_residual(residual: Tensor, bits: int, d_out: int) -> Tensor:
         raise ValueError(f"residual: expected {residual_row_bytes(d_out, bits)} bytes a row, got {tuple(residual.shape)}")
     if bits == 16:
         return residual[:, : 2 * d_out].contiguous().view(torch.float16)
+    if bits == 3:
+        high, low = residual.split([residual_row_bytes(d_out, 2), residual_row_bytes(d_out, 1)], dim=1)
+        return 2 * unpack_residual(high, 2, d_out) + unpack_residual(low, 1, d_out) + 1
     per_byte = 8 // bits
     shifts = bits * torch.arange(per_byte, device=residual.device, dtype=torch.uint8)
     codes = (residual.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)

@@ -57,7 +57,7 @@ def test_residual_round_trip(shape, bits):
     codes = torch.randn(shape).half() if bits == 16 else torch.randint(-half, half, shape, dtype=torch.int8)
     packed = packing.pack_residual(codes, bits)
     assert packed.dtype == torch.uint8 and packed.shape == (shape[0], packing.residual_row_bytes(shape[1], bits))
-    assert packed.shape[1] % 16 == 0 and 0 <= packed.shape[1] - shape[1] * bits / 8 < 16
+    assert packed.shape[1] % 16 == 0 and 0 <= packed.shape[1] - shape[1] * bits / 8 < (32 if bits == 3 else 16)
     assert torch.equal(packing.unpack_residual(packed, bits, shape[1]), codes)
 
 
@@ -70,6 +70,14 @@ def test_every_residual_code_lies_where_the_layout_says(bits):
         for output in range(37):
             code = packed[channel][output * bits // 8] >> output * bits % 8 & 2**bits - 1
             assert code - half == codes[channel, output]
+
+
+def test_three_bits_are_the_high_two_then_the_low_one():
+    codes = torch.randint(-4, 4, (5, 131))
+    packed = packing.pack_residual(codes, 3)
+    high, low = packed.split([packing.residual_row_bytes(131, 2), packing.residual_row_bytes(131, 1)], dim=1)
+    assert torch.equal(packing.unpack_residual(high, 2, 131), codes.div(2, rounding_mode="floor").to(torch.int8))
+    assert torch.equal(packing.unpack_residual(low, 1, 131) + 1, codes.remainder(2).to(torch.int8))
 
 
 def test_codebook_is_off_by_at_most_half_a_step():
@@ -88,7 +96,7 @@ def test_codebook_is_off_by_at_most_half_a_step():
     (packing.pack_codes, torch.tensor([[1]]), 5, "bits: expected one of"),
     (packing.pack_codes, torch.tensor([1]), 3, "codes: expected a matrix"),
     (packing.pack_residual, torch.tensor([[8]]), 4, "codes: expected values in 0..15"),
-    (packing.pack_residual, torch.tensor([[1]]), 3, "bits: expected one of"),
+    (packing.pack_residual, torch.tensor([[1]]), 5, "bits: expected one of"),
 ])
 def test_refusals(pack, codes, bits, message):
     with pytest.raises(ValueError, match=message):

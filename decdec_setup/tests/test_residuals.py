@@ -8,7 +8,7 @@ from decdec.errors import UserError
 from decdec.models import decoder_linears, load_model
 from decdec.original import load_original_cheatsheet, load_original_thresholds, save_original_thresholds
 from decdec.packing import unpack_residual
-from decdec.residual import pack_layer
+from decdec.residual import fit_interval, pack_layer, quantize_nested
 
 from cheatsheet import make_cheatsheet, make_from_two_folders
 from scaling import read_scaling, scale_model
@@ -61,7 +61,8 @@ def test_rows_of_zeros_and_values_that_are_not_finite():
 
 
 @pytest.mark.parametrize("method,bits,nested", [("squeezellm", 2, False), ("squeezellm", 4, False), ("awq", 8, False),
-                                                ("awq", 16, False), ("awq", 4, True), ("rtn", 1, True), ("rtn", 2, True)])
+                                                ("awq", 16, False), ("awq", 4, True), ("rtn", 1, True), ("rtn", 2, True),
+                                                ("rtn", 3, True), ("squeezellm", 2, True), ("squeezellm", 3, True)])
 def test_residual_brings_the_weights_back(tiny, quantized, tmp_path, method, bits, nested):
     folder = quantized(method)
     quant = read_quant_config(folder)
@@ -77,6 +78,11 @@ def test_residual_brings_the_weights_back(tiny, quantized, tmp_path, method, bit
         left, wanted = module.weight - dense - back, module.weight - dense
         if bits == 16:
             torch.testing.assert_close(left, torch.zeros_like(left), rtol=0, atol=float(wanted.abs().max()) * 2**-10)
+        elif nested and method == "squeezellm":
+            width = sheet.scale[name].float().t()
+            assert width.shape == (len(dense), 1)
+            inside = wanted.abs() < width / 2
+            assert (left.abs() <= width / 2**bits / 2 * 1.01)[inside].all() and inside.float().mean() > 0.8
         elif nested:
             step = tensors[f"{name}.scales"].float().t().repeat_interleave(module.in_features // len(tensors[f"{name}.scales"]), 1)
             inside = wanted.abs() < step / 2
@@ -87,6 +93,37 @@ def test_residual_brings_the_weights_back(tiny, quantized, tmp_path, method, bit
             # Half a step, and what rounding the scale to float16 (perhaps a subnormal one) does to the largest code.
             assert (left.abs() <= 0.501 * scale + levels * (scale * 2**-11 + 2**-25))[inside].all()
             assert left.norm() < {2: 0.75, 4: 0.25, 8: 0.02}[bits] * wanted.norm()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ["normal", "heavy", "even", "outliers"])
+def test_the_fitted_interval_is_the_best_one(bits, kind):
+    generator = torch.Generator().manual_seed(bits)
+    normal, even = torch.randn(8, 500, generator=generator), torch.rand(8, 500, generator=generator)
+    residual = 0.01 * {"normal": normal, "heavy": normal**3, "even": even - 0.5, "outliers": normal * (1 + 20 * (even > 0.99))}[kind]
+    width = fit_interval(residual, bits)
+    assert width.dtype == torch.float16 and width.shape == (1, 8)
+
+    def error(width):  # to the nearest of the levels, one by one
+        levels = [(c + 0.5) * width[:, None] / 2**bits for c in range(-(2 ** (bits - 1)), 2 ** (bits - 1))]
+        return torch.stack([residual - level for level in levels]).abs().amin(0).square().mean(1)
+
+    largest = 2 * residual.abs().amax(1)
+    least = torch.stack([error(largest * i / 1000) for i in range(1, 1001)]).amin(0)
+    assert (error(width[0].float()) <= 1.01 * least).all()
+
+
+def test_a_channel_without_residual_has_no_width():
+    rows, width = pack_layer(torch.zeros(16, 64), 2, nested=True)
+    assert not width.any() and not reference.residual_dequantize(rows, width, 2, True, 16, torch.float32).any()
+
+
+def test_nested_codes_of_fewer_bits_are_the_high_bits():
+    residual = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    width = torch.full((4, 16), 2.0).half()
+    four = quantize_nested(residual, width, 4)
+    for bits in (1, 2, 3):
+        assert torch.equal(quantize_nested(residual, width, bits), four >> (4 - bits))
 
 
 def test_two_folders_give_the_same_cheatsheet_as_the_packed_one(tiny, quantized, tmp_path):

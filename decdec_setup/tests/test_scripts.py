@@ -15,7 +15,7 @@ from decdec.original import save_original_thresholds
 
 from cheatsheet import make_cheatsheet, make_from_two_folders
 from convert_gguf import convert
-from folder import QuantizedFolder
+from parts import Parts
 from quantize import quantize
 from thresholds import make_thresholds
 
@@ -25,20 +25,20 @@ ROOM = Path(__file__).parents[1]
 @pytest.mark.parametrize("method", ["squeezellm", "awq"])
 def test_an_interrupted_run_goes_on_and_ends_the_same(calibration, tiny, quantized, tmp_path, monkeypatch, method):
     out = tmp_path / "out"
-    save = QuantizedFolder.save_part
+    save = Parts.save
 
     def save_one(self, block, tensors):
-        if any(self.has_part(i) for i in range(2)):
+        if any(self.has(i) for i in range(2)):
             raise KeyboardInterrupt
         save(self, block, tensors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(QuantizedFolder, "save_part", save_one)
+        patch.setattr(Parts, "save", save_one)
         with pytest.raises(KeyboardInterrupt):
             quantize(str(tiny), method, 3, str(out), **calibration)
     assert not (out / "config.json").exists() and len(list((out / ".parts").iterdir())) == 1
     saved = []
-    monkeypatch.setattr(QuantizedFolder, "save_part", lambda self, block, tensors: (saved.append(block), save(self, block, tensors)))
+    monkeypatch.setattr(Parts, "save", lambda self, block, tensors: (saved.append(block), save(self, block, tensors)))
     assert quantize(str(tiny), method, 3, str(out), **calibration)
     assert len(saved) == 1
     assert read_quant_config(out).weights_hash == read_quant_config(quantized(method)).weights_hash
@@ -91,7 +91,7 @@ def test_a_truncated_model_is_told(tiny, tmp_path):
 
 def test_mistakes_in_cheatsheet_and_thresholds_are_told(calibration, tiny, quantized, tmp_path):
     folder, out = quantized("squeezellm"), tmp_path / "out.pt"
-    for arguments, message in [({"bits": 3}, "bits: expected"), ({"nested": True}, "nested: expected a uniform base"),
+    for arguments, message in [({"bits": 3}, "bits: expected"), ({"nested": True, "bits": 8}, "for nested residuals, got 8"),
                                ({"bits": 8, "layout": "original"}, "layout: "), ({"layout": "x"}, "layout: expected one of"),
                                ({"model": "no/such/model"}, "model: expected")]:
         with pytest.raises(UserError, match=message):
