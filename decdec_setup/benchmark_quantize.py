@@ -24,9 +24,9 @@ import gptq
 import squeezellm
 from base_model import BaseModel
 from blocks import BlockRunner, block_linears
-from folder import save_tensors
+from parts import save_tensors
 from quantized_blocks import QuantizedBlocks
-from thresholds import collect
+from thresholds import statistics
 from uniform import pack_uniform
 
 # hidden size, MLP width, query heads, key-value heads, blocks, vocabulary; head size 128
@@ -71,7 +71,8 @@ def time_step(step: str, base: BaseModel, runner: BlockRunner, bits: int, scratc
         timer.lap()
         runner.embed()
         once = timer.lap()
-        collect(runner, {}, folder)
+        for _ in statistics(runner, {}, folder, every):
+            pass
         return (timer.lap() - once) / count, once
     if step == "cheatsheet":
         laps = []

@@ -4,21 +4,20 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from decdec.artifacts import QuantConfig, read_quant_config
 from decdec.errors import UserError
-from decdec.files import atomic, config_hash, read_json, tensors_hash, write_json
+from decdec.files import atomic, read_json, tensors_hash, write_json
 from decdec.models import check_source
 
 from base_model import BaseModel
 from model_card import card
+from parts import Parts, save_tensors
 from quantized_blocks import PARTS
 from scaling import SCALING, read_scaling, scaled_state, split_scaling
 
@@ -30,8 +29,9 @@ COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder; its files are moved into ``path`` when the block succeeds, ``config.json`` last."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary = path.with_name(f".{path.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
+    temporary.mkdir(parents=True)
     try:
         yield temporary
         path.mkdir(exist_ok=True)
@@ -67,43 +67,33 @@ def model_identity(folder: Path) -> dict:
 class QuantizedFolder:
     """One quantization, known by the hash of ``identity``, on its way into the folder ``out``.
 
-    Finished blocks lie in ``out/.parts/HASH-BLOCK.safetensors`` until :meth:`finish` puts them together.
+    Finished blocks are its ``parts`` until :meth:`finish` puts them together.
     """
 
     def __init__(self, out: str | Path, identity: dict):
         self.out = Path(out)
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"out: expected a folder, got the file {str(out)!r}")
-        self.hash = config_hash(identity)
-        self._parts = self.out / ".parts"
+        self.parts = Parts(self.out / ".parts", identity)
 
     def finished(self) -> bool:
         """Whether ``out`` already holds exactly this quantization."""
         path = self.out / "config.json"
         if not path.is_file() or not (self.out / "model.safetensors").is_file():
             return False
-        return read_json(path).get("quantization_config", {}).get("calibration", {}).get("config_hash") == self.hash
-
-    def _part(self, block: int) -> Path:
-        return self._parts / f"{self.hash}-{block:04d}.safetensors"
-
-    def has_part(self, block: int) -> bool:
-        return self._part(block).is_file()
-
-    def save_part(self, block: int, tensors: dict[str, Tensor]) -> None:
-        save_tensors(self._part(block), tensors)
-
-    def load_part(self, block: int) -> dict[str, Tensor]:
-        return load_file(self._part(block))
+        if read_json(path).get("quantization_config", {}).get("calibration", {}).get("config_hash") != self.parts.hash:
+            return False
+        self.parts.clear()  # where a kill came just before
+        return True
 
     def finish(self, base: BaseModel, quant: QuantConfig) -> QuantConfig:
         """Write the folder from the parts of all blocks and the unquantized rest of ``base``; returns the full config."""
         tensors: dict[str, Tensor] = {}
         for block in range(len(base.blocks)):
-            tensors |= self.load_part(block)
+            tensors |= self.parts.load(block)
         packed, scaling = split_scaling(tensors)
         content = quant.to_dict() | {"weights_hash": tensors_hash(sorted(packed.items())),
-                                     "calibration": quant.calibration | {"config_hash": self.hash}}
+                                     "calibration": quant.calibration | {"config_hash": self.parts.hash}}
         with atomic_folder(self.out) as folder:
             for pattern in COPIED:
                 for file in base.folder.glob(pattern):
@@ -117,7 +107,7 @@ class QuantizedFolder:
             write_json(folder / "config.json", read_json(base.folder / "config.json") | {"quantization_config": content})
         if not scaling:
             (self.out / SCALING).unlink(missing_ok=True)
-        shutil.rmtree(self._parts)
+        self.parts.clear()
         return described
 
 
@@ -153,14 +143,6 @@ class Reusable:
         if not found:
             raise UserError(f"reuse: {self.folder} has no block {name}: a folder of another model")
         return found
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    with atomic(path) as temporary:
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise UserError(f"{path}: could not be written: {error}") from None
 
 
 def summary(out: Path) -> str:

@@ -82,10 +82,10 @@ def quantize(source: str, method: str, bits: float, out: str, group_size: int | 
                          layer_bits=layer_bits)
     for other in map(Reusable, reuse):
         for index in range(count):
-            if other.serves(config, block_bits[index]) and not folder.has_part(index):
-                folder.save_part(index, other.block(f"{base.prefix}.{index}"))
+            if other.serves(config, block_bits[index]) and not folder.parts.has(index):
+                folder.parts.save(index, other.block(f"{base.prefix}.{index}"))
 
-    todo = {index for index in range(count) if not folder.has_part(index)}
+    todo = {index for index in range(count) if not folder.parts.has(index)}
     if todo and method == "rtn":
         parts = _rtn_blocks(base, block_bits, group_size, todo)
     elif todo:
@@ -96,11 +96,11 @@ def quantize(source: str, method: str, bits: float, out: str, group_size: int | 
         elif method == "awq":
             parts = awq.quantize_blocks(runner, block_bits, group_size, todo)
         else:
-            parts = gptq.quantize_blocks(runner, block_bits, group_size, todo, folder.load_part, act_order)
+            parts = gptq.quantize_blocks(runner, block_bits, group_size, todo, folder.parts.load, act_order)
     else:
         parts = iter(())
     for index, tensors in parts:
-        folder.save_part(index, tensors)
+        folder.parts.save(index, tensors)
     folder.finish(base, config)
     return True
 

@@ -8,6 +8,7 @@ layers see ``x / input_scale``.
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from base_model import BaseModel
 from blocks import BlockRunner, block_linears
 from folder import local_folder
 from groups import find_groups
+from parts import Parts
 from quantized_blocks import QuantizedBlocks
 from scaling import read_scaling, scaled_state
 
@@ -58,13 +60,15 @@ def _sorted(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def collect(runner: BlockRunner, scaling: dict[str, Tensor],
-            quantized: QuantizedBlocks | None = None) -> dict[str, dict[str, Tensor]]:
-    """The fields of :class:`Thresholds` over the runner's samples, one block at a time; row energies only with ``quantized``."""
-    found: dict[str, dict[str, Tensor]] = {name: {} for name in STATISTICS}
+def statistics(runner: BlockRunner, scaling: dict[str, Tensor], quantized: QuantizedBlocks,
+               todo: set[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yield ``(block, {"LAYER.STATISTIC": tensor})`` for the blocks in ``todo``, first block first: the fields of Thresholds."""
     hidden = runner.embed()
-    for index in tqdm(range(len(runner.blocks)), desc="thresholds", unit="block"):
+    for index in tqdm(range(max(todo) + 1), desc="thresholds", unit="block"):
         block = runner.copy_block(index)
+        if index not in todo:
+            hidden = [runner.call(index, block, state).to(runner.dtype) for state in hidden]
+            continue
         linears = block_linears(runner, index, block)
         outputs = {name: [] for name in linears}
         watched, hooks = [], []
@@ -80,21 +84,19 @@ def collect(runner: BlockRunner, scaling: dict[str, Tensor],
         hidden = [runner.call(index, block, state).to(runner.dtype) for state in hidden]
         for hook in hooks:
             hook.remove()
+        found: dict[str, Tensor] = {}
         for group, seen in watched:
-            for name in group.linears:
-                found["largest"][name] = seen.largest.cpu()
-                found["mean_square"][name] = (seen.squares / seen.tokens).cpu()
-                rows = scaling.get(f"{name}.output_scale")
+            for name, module in group.linears.items():
                 energy = torch.stack(outputs[name]).sum(0) / seen.tokens
+                rows = scaling.get(f"{name}.output_scale")
                 if rows is not None:
                     energy *= rows.to(energy.device).square()
-                found["output_energy"][name] = energy.sum().cpu()
-        if quantized is not None:
-            for name, module in linears.items():
                 original = scaled_state(f"{name}.weight", module.weight, scaling)
                 residual = original - quantized.weight(name, original.shape, runner.device)
-                found["row_energy"][name] = residual.square().sum(0).cpu()
-    return found
+                found |= {f"{name}.largest": seen.largest.cpu(), f"{name}.mean_square": (seen.squares / seen.tokens).cpu(),
+                          f"{name}.output_energy": energy.sum().cpu(), f"{name}.row_energy": residual.square().sum(0).cpu()}
+        # Layers that share an input share tensors, which a file does not hold.
+        yield index, {name: tensor.clone() for name, tensor in found.items()}
 
 
 def _energy(output: Tensor, bias: Tensor | None) -> Tensor:
@@ -112,21 +114,32 @@ def make_thresholds(folder: str | Path, model: str | None = None, text: str = "c
     out = Path(out) if out else folder / (THRESHOLDS if layout == "decdec" else f"original/{THRESHOLDS}")
     documents = load_text(text, "calibration")
     calibration = {"text": documents.name, "text_hash": documents.hash, "samples": samples, "length": length, "seed": seed}
+    parts = Parts.beside(out, {"weights": quant.weights_hash, "calibration": calibration})
     if layout == "decdec" and out.is_file():
         try:
             if load_thresholds(out, quant).calibration == calibration:
+                parts.clear()  # where a kill came just before
                 return None
         except UserError:
             pass  # made for other weights, or damaged: made again below
-    source = local_folder(model or original_of(folder, quant.base_model))
-    tokens = calibration_samples(documents, load_tokenizer(str(source)), samples, length, seed)
-    base = BaseModel(source)
-    runner = BlockRunner(base.model, tokens, device, base.block)
-    found = collect(runner, read_scaling(folder), QuantizedBlocks(folder))
+    base = BaseModel(local_folder(model or original_of(folder, quant.base_model)))
+    count = len(base.blocks)
+    todo = {index for index in range(count) if not parts.has(index)}
+    if todo:
+        tokens = calibration_samples(documents, load_tokenizer(str(base.folder)), samples, length, seed)
+        runner = BlockRunner(base.model, tokens, device, base.block)
+        for index, tensors in statistics(runner, read_scaling(folder), QuantizedBlocks(folder), todo):
+            parts.save(index, tensors)
+    found: dict[str, dict[str, Tensor]] = {kind: {} for kind in STATISTICS}
+    for index in range(count):
+        for name, tensor in parts.load(index).items():
+            layer, _, kind = name.rpartition(".")
+            found[kind][layer] = tensor
     if layout == "original":
-        save_original_thresholds(out, found["largest"], runner.prefix)
+        save_original_thresholds(out, found["largest"], base.prefix)
     else:
         save_thresholds(out, Thresholds(calibration, **found), quant)
+    parts.clear()
     return out
 
 
