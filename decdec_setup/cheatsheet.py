@@ -6,7 +6,7 @@ fake-quantized weights. For AWQ the original is the scaled one, rebuilt from the
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,10 +23,14 @@ from decdec.residual import NESTED_BITS, PAPER_BITS, pack_layer
 
 from base_model import BaseModel
 from folder import local_folder
+from parts import Parts
 from quantized_blocks import QuantizedBlocks
 from scaling import read_scaling, scaled_state
 
 LAYOUTS = ("decdec", "original")
+# A layer's name, and what gives its original and quantized weights (float32, on the device of choice) and, where residuals are
+# nested in them, the base's own scales.
+Layer = tuple[str, Callable[[], tuple[Tensor, Tensor, Tensor | None]]]
 
 
 def make_cheatsheet(folder: str | Path, model: str | None = None, bits: int | None = None, nested: bool = False,
@@ -57,7 +61,7 @@ def make_from_two_folders(original: str, quantized: str, out: str | Path, bits: 
             raise UserError(f"quantized: {quantized}: expected {name} of shape {tuple(module.weight.shape)} as in {original}")
     quant = QuantConfig(method="fake", format="uniform", bits=4, group_size=None, base_model=Path(original).name,
                         weights_hash=tensors_hash(weights.items()))
-    layers = ((name, module.weight.detach().float(), weights[name].float(), None)
+    layers = ((name, lambda name=name, module=module: (module.weight.detach().float(), weights[name].float(), None))
               for name, module in decoder_linears(base).items())
     return _write(Path(out), layers, len(weights), quant, bits, False, layout, decoder_blocks(base)[0])
 
@@ -80,32 +84,43 @@ def _is_there(path: Path, quant: QuantConfig, bits: int, nested: bool) -> bool:
     return (sheet.bits, sheet.nested) == (bits, nested)
 
 
-def _packed_layers(folder: Path, base: BaseModel, scales: bool,
-                   device: str) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
-    """``(layer, original, quantized, the base's own scales if wanted)`` of every layer, on ``device``, the weights in float32."""
+def _packed_layers(folder: Path, base: BaseModel, scales: bool, device: str) -> Iterator[Layer]:
     scaling, quantized = read_scaling(folder), QuantizedBlocks(folder)
-    for name, module in base.linears().items():
+
+    def load(name: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor | None]:
         original = scaled_state(f"{name}.weight", base.tensor(f"{name}.weight").to(device), scaling).float()
-        step = quantized.parts(name, device)[1] if scales else None
-        yield name, original, quantized.weight(name, module.weight.shape, device), step
+        return original, quantized.weight(name, shape, device), quantized.parts(name, device)[1] if scales else None
+
+    for name, module in base.linears().items():
+        yield name, lambda name=name, shape=module.weight.shape: load(name, shape)
 
 
-def _write(out: Path, layers: Iterator[tuple[str, Tensor, Tensor, Tensor | None]], count: int, quant: QuantConfig, bits: int,
-           nested: bool, layout: str, prefix: str) -> Path:
+def _write(out: Path, layers: Iterator[Layer], count: int, quant: QuantConfig, bits: int, nested: bool, layout: str,
+           prefix: str) -> Path:
+    parts = Parts.beside(out, {"weights": quant.weights_hash, "bits": bits, "nested": nested})
     residual, scale, norms = {}, {}, {}
-    for name, original, quantized, base_scales in tqdm(layers, total=count, desc="residuals", unit="layer"):
-        difference = original - quantized
-        # The paper's search runs on the CPU alone; the rest where the layer is.
-        rows, step = pack_layer(difference if nested else difference.cpu(), bits, nested, base_scales)
-        moved = (rows.to(original.device), None if step is None else step.to(original.device))
-        kept = reference.residual_dequantize(*moved, bits, nested, len(original), torch.float32)
-        norms[name] = tuple(float(part.norm()) for part in (original, difference, difference - kept.t()))
-        residual[name], scale[name] = rows.cpu(), None if step is None else step.cpu()
+    for number, (name, load) in enumerate(tqdm(layers, total=count, desc="residuals", unit="layer")):
+        if not parts.has(number):
+            parts.save(number, _pack(*load(), bits, nested))
+        part = parts.load(number)
+        residual[name], scale[name], norms[name] = part["residual"], part.get("scale"), tuple(part["norms"].tolist())
     if layout == "original":
         save_original_cheatsheet(out, residual, scale, prefix)
     else:
         save_cheatsheet(out, Cheatsheet(bits, nested, residual, scale, norms), quant)
+    parts.clear()
     return out
+
+
+def _pack(original: Tensor, quantized: Tensor, base_scales: Tensor | None, bits: int, nested: bool) -> dict[str, Tensor]:
+    """``residual``, ``scale`` (not at 16 bits) and ``norms``, float64 ``(3,)``, of one layer, on the CPU."""
+    difference = original - quantized
+    # The paper's search runs on the CPU alone; the rest where the layer is.
+    rows, scale = pack_layer(difference if nested else difference.cpu(), bits, nested, base_scales)
+    moved = (rows.to(original.device), None if scale is None else scale.to(original.device))
+    kept = reference.residual_dequantize(*moved, bits, nested, len(original), torch.float32)
+    norms = torch.tensor([float(part.norm()) for part in (original, difference, difference - kept.t())], dtype=torch.float64)
+    return {"residual": rows.cpu(), "norms": norms} | ({} if scale is None else {"scale": scale.cpu()})
 
 
 def main() -> None:
