@@ -1,17 +1,20 @@
 """A decoder with a static key-value cache, built from the modules of any Hugging Face model of Llama's shape.
 
 What it supports is read from the model's own modules and config, never from its name: RMSNorm, rotary positions with
-any fixed scaling, grouped-query attention, optional q/k norm, projection biases and sliding windows, gated MLP, tied
-embeddings. q/k/v and gate/up are fused. A step holds no data-dependent Python: positions are a tensor, and the one
-length it needs is counted by the caller, so the same step can be captured as a graph.
+any fixed scaling and longrope, grouped-query attention, optional q/k norm, projection biases and sliding windows, gated
+MLP, tied embeddings. q/k/v and gate/up are fused. The prompt goes through in chunks (:meth:`Decoder.prefill`); a step
+takes its token and position from the device and holds no data-dependent Python, so it can be captured as a graph.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from decdec import decode_ops
 from decdec.errors import UserError
 from decdec.linear import CompensatedLinear, fuse
+from head import Head
 
 PREFILL_CHUNK = 512  # prompt tokens at a time: enough to pay for dequantizing, small enough to bound the activations
 
@@ -35,8 +38,37 @@ class RMSNorm(nn.Module):
             raise UserError(f"model: its {type(norm).__name__} is not x / rms(x) * weight; use decdec.hub for it")
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return decode_ops.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(x.shape)
+
+
+class Rotary(nn.Module):
+    """Rotary positions of a model: ``frequencies`` float32 ``(1 or 2, rotary / 2)``, radians a position.
+
+    The first row is the model's own, so that every fixed scaling (linear, llama3, yarn, ...) comes with it. Longrope's
+    second row serves sequences that reach the position ``long_from``.
+    """
+
+    def __init__(self, config, rotary: nn.Module):
+        super().__init__()
+        rows, self.scaling, self.long_from = [rotary.inv_freq.float()], rotary.attention_scaling, 0
+        if getattr(rotary, "rope_type", "") == "longrope":
+            self.long_from = config.rope_parameters["original_max_position_embeddings"]
+            rows = [ROPE_INIT_FUNCTIONS["longrope"](config, rotary.inv_freq.device, seq_len=length)[0].float()
+                    for length in (self.long_from, self.long_from + 1)]
+        self.register_buffer("frequencies", torch.stack(rows), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        exact = self.frequencies
+        super()._apply(fn, recurse)
+        self.frequencies = exact.to(self.frequencies.device)  # .half() and the like would lose positions
+        return self
+
+    def at(self, positions: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``(T, 1, rotary)`` of ``positions`` ``(T,)`` in a sequence of ``length`` tokens."""
+        row = self.frequencies[-1 if self.long_from and length > self.long_from else 0]
+        angles = positions[:, None].float() * row
+        angles = torch.cat((angles, angles), dim=-1)[:, None]
+        return tuple((f(angles) * self.scaling).to(dtype) for f in (torch.cos, torch.sin))
 
 
 class Block(nn.Module):
@@ -55,11 +87,13 @@ class Block(nn.Module):
         self.gu = _fused(mlp, ("gate_proj", "up_proj"), f"{name}.mlp.gate_up_proj")
         self.d = mlp.down_proj
         self.activation = getattr(mlp, "act_fn", None) or mlp.activation_fn
+        probe = torch.linspace(-4, 4, 33)
+        self.silu = torch.equal(self.activation(probe), F.silu(probe))
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], positions: Tensor, mask: Tensor, keys: Tensor,
                 values: Tensor) -> Tensor:
-        """``x`` ``(T, hidden)``; ``keys`` and ``values`` ``(kv_heads, length, head_dim)`` are written at ``positions``
-        ``(T,)``.
+        """Several tokens ``x`` ``(T, hidden)``; ``keys`` and ``values`` ``(kv_heads, length, head_dim)`` are written at
+        ``positions`` ``(T,)``.
 
         ``mask`` is bool ``(T, live)``: the first ``live`` places of the cache are attended where it is true.
         """
@@ -74,29 +108,43 @@ class Block(nn.Module):
                                                   values[None, :, :live], attn_mask=mask, scale=self.scaling,
                                                   enable_gqa=heads != kv_heads)
         x = x + self.o(attended[0].transpose(0, 1).reshape(len(x), heads * self.head_dim))
-        gate, up = self.gu(self.mlp_norm(x)).chunk(2, dim=-1)
-        return x + self.d(self.activation(gate) * up)
+        return x + self.d(self._gated(self.gu(self.mlp_norm(x))))
+
+    def step(self, x: Tensor, position: Tensor, rotary: Rotary, keys: Tensor, values: Tensor,
+             workspace: Tensor) -> Tensor:
+        """One token ``x`` ``(1, hidden)`` at ``position`` int64 ``(1,)``; the caches and ``workspace`` as
+        :func:`decdec.decode_ops.attend` takes them."""
+        norms = (None, None, 1e-6) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        attended = decode_ops.attend(self.qkv(self.input_norm(x)), position, keys, values, rotary.frequencies,
+                                     rotary.scaling, rotary.long_from, self.scaling, self.window or 0, *norms,
+                                     workspace)
+        x = _add(x, self.o, attended)
+        return _add(x, self.d, self._gated(self.gu(self.mlp_norm(x))))
+
+    def _gated(self, gate_up: Tensor) -> Tensor:
+        if self.silu:
+            return decode_ops.silu_mul(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.activation(gate) * up
 
 
 class Decoder(nn.Module):
     """The decoder of one sequence. Takes its modules from ``model``, which is not to be used afterwards.
 
     ``hub.set_compensation`` and ``hub.memory`` work on it as on the model. Call :meth:`allocate` before the first
-    token.
+    token, and after a move to another device. ``head_bits`` 8 rounds the output head to 8 bits.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, head_bits: int = 16):
         super().__init__()
         config = model.config
         body = model.base_model
         blocks = getattr(body, "layers", nn.ModuleList())
         _check(config, body, blocks)
         self.context = config.max_position_embeddings
-        self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.embed, self.head = model.get_input_embeddings(), Head(model.get_output_embeddings(), head_bits)
         self.norm = RMSNorm(body.norm)
-        # The model's own frequencies, so that every fixed scaling (linear, llama3, yarn, ...) comes with them.
-        self.register_buffer("inverse_frequencies", body.rotary_emb.inv_freq.float(), persistent=False)
-        self.rotary_scaling = body.rotary_emb.attention_scaling
+        self.rotary = Rotary(config, body.rotary_emb)
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         self.cache_shape = (len(blocks), kv_heads, head_dim)
@@ -105,26 +153,46 @@ class Decoder(nn.Module):
             name = f"{model.base_model_prefix}.layers.{i}"
             self.blocks.append(Block(blocks[i], name, heads, kv_heads, head_dim, window))
             blocks[i] = nn.Identity()  # frees the parts that were fused
-        self.keys = self.values = None
+        self.keys = self.values = self.workspace = None
         if hasattr(model, "decdec"):
             self.decdec = model.decdec
+
+    @property
+    def places(self) -> int:
+        """Tokens that there is room for."""
+        return 0 if self.keys is None else self.keys.shape[2]
 
     def allocate(self, length: int) -> None:
         """Make room for ``length`` tokens: caches ``(blocks, kv_heads, length, head_dim)`` in the embedding's dtype."""
         blocks, kv_heads, head_dim = self.cache_shape
-        self.keys = self.embed.weight.new_zeros((blocks, kv_heads, length, head_dim))
-        self.values = torch.zeros_like(self.keys)
+        self.keys = self.values = None  # freed before as much is asked for again
+        weight = self.embed.weight
+        try:
+            self.keys = weight.new_zeros((blocks, kv_heads, length, head_dim))
+            self.values = torch.zeros_like(self.keys)
+        except torch.OutOfMemoryError:
+            size = 2 * blocks * kv_heads * length * head_dim * weight.element_size()
+            raise UserError(f"context: the cache of {length} tokens takes {size / 1e9:.2f} GB, which the memory of "
+                            f"{weight.device} has not; ask for a shorter one") from None
+        self.workspace = torch.zeros(4 * self.blocks[0].heads, dtype=torch.uint8, device=weight.device)
 
-    def forward(self, tokens: Tensor, positions: Tensor, live: int) -> Tensor:
-        """Hidden states ``(T, hidden)`` of ``tokens`` int64 ``(T,)`` at ``positions`` int64 ``(T,)``.
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor) -> Tensor:
+        """Logits float32 ``(vocab,)`` after the prompt ``tokens`` int64 ``(T,)``, which starts an empty sequence."""
+        length, end = len(tokens), 0
+        # Even chunks, so that no chunk is a single token, which would count as a decode step.
+        for part in tokens.tensor_split(-(-length // PREFILL_CHUNK)):
+            start, end = end, end + len(part)
+            hidden = self._several(part, torch.arange(start, end, device=part.device), end, length)
+        return self.head(hidden[-1:])
 
-        ``live`` counts the cached places to attend to, at least ``max(positions) + 1``; places beyond a token are
-        masked.
+    def _several(self, tokens: Tensor, positions: Tensor, live: int, length: int) -> Tensor:
+        """Hidden states ``(T, hidden)`` of ``tokens`` ``(T,)`` at ``positions`` ``(T,)`` of a prompt of ``length``.
+
+        The first ``live`` places are attended to, those beyond a token masked.
         """
         x = self.embed(tokens)
-        angles = positions[:, None].float() * self.inverse_frequencies
-        angles = torch.cat((angles, angles), dim=-1)[:, None]
-        rotary = tuple((f(angles) * self.rotary_scaling).to(x.dtype) for f in (torch.cos, torch.sin))
+        rotary = self.rotary.at(positions, length, x.dtype)
         place = torch.arange(live, device=tokens.device)
         masks = {None: place <= positions[:, None]}
         for i, block in enumerate(self.blocks):
@@ -134,17 +202,12 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     @torch.inference_mode()
-    def prefill(self, tokens: Tensor) -> Tensor:
-        """Logits float32 ``(vocab,)`` after the prompt ``tokens`` int64 ``(T,)``, which starts an empty sequence."""
-        # Even chunks, so that no chunk is a single token, which would count as a decode step.
-        for part in torch.arange(len(tokens), device=tokens.device).tensor_split(-(-len(tokens) // PREFILL_CHUNK)):
-            hidden = self(tokens[part], part, int(part[-1]) + 1)
-        return self.head(hidden[-1:])[0].float()
-
-    @torch.inference_mode()
-    def step(self, token: Tensor, position: Tensor, live: int) -> Tensor:
+    def step(self, token: Tensor, position: Tensor) -> Tensor:
         """Logits float32 ``(vocab,)`` after one more ``token`` int64 ``(1,)`` at ``position`` int64 ``(1,)``."""
-        return self.head(self(token, position, live))[0].float()
+        x = self.embed(token)
+        for block, keys, values in zip(self.blocks, self.keys, self.values):
+            x = block.step(x, position, self.rotary, keys, values, self.workspace)
+        return self.head(self.norm(x))
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -153,6 +216,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def _add(stream: Tensor, layer: nn.Module, x: Tensor) -> Tensor:
+    """``stream + layer(x)`` of one token; a layer of packed weights adds before it rounds."""
+    return layer.add(stream, x) if isinstance(layer, CompensatedLinear) else stream + layer(x)
 
 
 def _fused(parent: nn.Module, names: tuple[str, ...], name: str) -> nn.Module:
@@ -197,7 +265,7 @@ def _check(config, body: nn.Module, blocks: nn.ModuleList) -> None:
         extra |= {name for name, _ in block.mlp.named_children()} - _MLP
         extra |= set() if getattr(block.self_attn, "use_rope", True) else {"layers without rotary positions"}
     extra |= {name for name, neutral in _NEUTRAL.items() if getattr(config, name, neutral) not in (neutral, None)}
-    extra |= {"longrope"} if getattr(body.rotary_emb, "rope_type", "") == "longrope" else set()
+    extra |= {"dynamic rotary scaling"} if getattr(body.rotary_emb, "rope_type", "") == "dynamic" else set()
     if extra:
         raise UserError(f"model: {config.model_type} has {', '.join(sorted(extra))}, which the static decoder has not; "
                         "use decdec.hub for it")

@@ -10,18 +10,14 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from decdec import hub, models
+from decdec import models
 from decdec.errors import UserError, run
-from decdec.files import read_json
 from decdec.linear import Compensation
-from decoder import Decoder
-from generation import Timing, generate
+from decdec.placement import PLACES
+from runtime import DTYPES, Runtime
 from sampling import Sampling
 from streaming import TextStream
-
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,8 +38,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
                         help="sample from the likeliest P of the probability mass (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES,
-                        help="of activations and unquantized weights (default float32)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
+    parser.add_argument("--dtype", choices=DTYPES,
+                        help="of activations and unquantized weights (default float16 on a GPU, float32 on the CPU)")
+    parser.add_argument("--head-bits", type=int, default=16, choices=(8, 16),
+                        help="8 rounds the output head to 8 bits (default 16: as it is)")
+    parser.add_argument("--residuals", default="host", choices=PLACES,
+                        help="where a GPU reads the residuals: pinned host memory or its own (default host)")
     parser.add_argument("--json", action="store_true", help="print one JSON line instead of the text")
     return parser.parse_args()
 
@@ -63,8 +64,8 @@ def read_prompt(arguments: argparse.Namespace) -> str:
         raise UserError(f"--prompt-file: {arguments.prompt_file}: {error.strerror}") from None
 
 
-def encode(tokenizer, prompt: str, chat: bool) -> Tensor:
-    """Token ids int64 ``(T,)`` of the prompt; of an empty one the model's first token, if it has one."""
+def encode(tokenizer, prompt: str, chat: bool) -> list[int]:
+    """Token ids of the prompt; of an empty one the model's first token, if it has one."""
     if chat:
         if not tokenizer.chat_template:
             raise UserError("--chat: this model has no chat template")
@@ -76,25 +77,7 @@ def encode(tokenizer, prompt: str, chat: bool) -> Tensor:
         ids = [tokenizer.bos_token_id]
     if not ids:
         raise UserError("prompt: expected text, got none")
-    return torch.tensor(ids, dtype=torch.int64)
-
-
-def load_decoder(source: str, dtype: torch.dtype, compensation: Compensation) -> tuple[Decoder, set[int]]:
-    """The decoder of a DecDEC folder or an original model, compensated, and the tokens that end a text."""
-    models.check_source(source)
-    folder = Path(source)
-    if folder.is_dir() and "quantization_config" in read_json(folder / "config.json"):
-        model = hub.load(folder, dtype)
-    elif compensation.k_chunk:
-        raise UserError(f"--k-chunk: {source} is not a DecDEC folder, only 0 can be run")
-    else:
-        model = models.load_model(source, dtype)
-    stop = set()
-    for ends in (model.config.eos_token_id, model.generation_config.eos_token_id):
-        stop |= set(ends) if isinstance(ends, list) else {ends} - {None}
-    decoder = Decoder(model).eval()
-    hub.set_compensation(decoder, compensation)
-    return decoder, stop
+    return ids
 
 
 def main() -> None:
@@ -112,28 +95,30 @@ def main() -> None:
     if max_new_tokens < arguments.max_new_tokens:
         print(f"only {max_new_tokens} new tokens fit the context of {context}", file=sys.stderr)
 
-    decoder, stop = load_decoder(arguments.model, getattr(torch, arguments.dtype), compensation)
-    timing, tokens, text, stream = Timing(), [], [], TextStream(tokenizer, prompt.tolist())
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    runtime = Runtime(arguments.model, compensation, arguments.device, dtype, arguments.head_bits, arguments.residuals)
+    tokens, text, stream = [], [], TextStream(tokenizer, prompt)
 
     def show(piece: str, end: str = "") -> None:
         text.append(piece)
         if not arguments.json:
             print(piece, end=end, flush=True)
 
-    for token in generate(decoder, prompt, max_new_tokens, sampling, stop, timing):
+    for token in runtime.stream(prompt, max_new_tokens, sampling):
         tokens.append(token)
         show(stream.push(token))
     show(stream.flush(), end="\n")
 
-    memory = hub.memory(decoder)
+    memory, timing = runtime.memory(), runtime.timing
     if arguments.json:
         print(json.dumps({
             "model": arguments.model, "prompt_tokens": len(prompt), "new_tokens": len(tokens), "text": "".join(text),
             "stopped": len(tokens) < max_new_tokens, "k_chunk": arguments.k_chunk,
             "selection": arguments.selection if arguments.k_chunk else "none",
             "compensate_prefill": arguments.compensate_prefill, "temperature": arguments.temperature,
-            "top_k": arguments.top_k, "top_p": arguments.top_p, "seed": arguments.seed, "dtype": arguments.dtype,
-            "threads": torch.get_num_threads(),
+            "top_k": arguments.top_k, "top_p": arguments.top_p, "seed": arguments.seed,
+            "dtype": str(runtime.dtype).removeprefix("torch."), "device": str(runtime.device),
+            "head_bits": arguments.head_bits, "threads": torch.get_num_threads(),
             "prefill_tokens_per_s": round(timing.prefill_tokens_per_s, 2),
             "decode_tokens_per_s": round(timing.decode_tokens_per_s, 2), **memory}))
     else:

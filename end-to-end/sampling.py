@@ -26,27 +26,47 @@ class Sampling:
             raise UserError(f"top_p: expected a number above 0 and at most 1, got {self.top_p}")
 
 
-def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution sampled from, float32 ``(vocab,)``, for ``sampling.temperature`` above 0.
+def probabilities(logits: Tensor, temperature: Tensor | float, top_k: Tensor | int, top_p: Tensor | float) -> Tensor:
+    """The distribution sampled from, float32 ``(vocab,)``, for a ``temperature`` above 0.
 
-    top_p keeps the likeliest tokens up to and including the one with which their sum reaches it.
+    Kept are the ``top_k`` likeliest tokens with all equal to the last of them, and of these the likeliest up to and
+    including the one with which their sum reaches ``top_p``.
     """
-    logits = logits.float() / sampling.temperature
-    if 0 < sampling.top_k < len(logits):
-        smallest = logits.topk(sampling.top_k).values[-1]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    if sampling.top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        likely = ordered.softmax(0)
-        ordered = ordered.masked_fill(likely.cumsum(0) - likely >= sampling.top_p, -torch.inf)
-        logits = torch.empty_like(logits).scatter_(0, order, ordered)
-    return logits.softmax(0)
+    ordered, order = (logits.float() / temperature).sort(descending=True)
+    last = torch.as_tensor(top_k, device=logits.device).clamp(1, len(ordered)) - 1
+    ordered = ordered.masked_fill(ordered < ordered.gather(0, last.view(1)), -torch.inf)
+    likely = ordered.softmax(0)
+    ordered = ordered.masked_fill(likely.cumsum(0) - likely >= top_p, -torch.inf)
+    return torch.empty_like(ordered).scatter_(0, order, ordered.softmax(0))
 
 
-def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """The next token, int64 ``(1,)``, from ``logits`` ``(vocab,)``."""
-    if sampling.temperature == 0:
-        return logits.argmax().view(1)
-    # The first of independent exponential clocks with these rates: a draw that never leaves the device.
-    clocks = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator)
-    return (probabilities(logits, sampling) / clocks).argmax().view(1)
+class Sampler:
+    """Draws tokens as a :class:`Sampling` says. Its numbers lie on the device, so that a captured graph serves all."""
+
+    def __init__(self, device: torch.device | str):
+        self.generator = torch.Generator(device)
+        self.temperature = torch.ones((), device=device)
+        self.top_k = torch.ones((), dtype=torch.int64, device=device)
+        self.top_p = torch.ones((), device=device)
+        self.form = "greedy"
+
+    def set(self, sampling: Sampling, vocabulary: int) -> None:
+        """Take new settings and begin the draws of their seed."""
+        cut = 0 < sampling.top_k < vocabulary or sampling.top_p < 1
+        self.form = "greedy" if sampling.temperature == 0 else "cut" if cut else "whole"
+        self.temperature.fill_(sampling.temperature or 1.0)
+        self.top_k.fill_(sampling.top_k or vocabulary)
+        self.top_p.fill_(sampling.top_p)
+        self.generator.manual_seed(sampling.seed)
+
+    def next_token(self, logits: Tensor) -> Tensor:
+        """The next token, int64 ``(1,)``, from ``logits`` ``(vocab,)``."""
+        if self.form == "greedy":
+            return logits.argmax().view(1)
+        if self.form == "cut":
+            likely = probabilities(logits, self.temperature, self.top_k, self.top_p)
+        else:
+            likely = (logits.float() / self.temperature).softmax(0)
+        # The first of independent exponential clocks with these rates: a draw that never leaves the device.
+        clocks = torch.empty_like(likely).exponential_(generator=self.generator)
+        return (likely / clocks).argmax().view(1)

@@ -1,6 +1,6 @@
 """The small ops of a decoding step, between its linear layers: wrappers of ``torch.ops.decdec.*`` and their fakes.
 
-:mod:`decdec.reference` specifies them, and is what runs on the CPU: there the linear layers take nearly all of a step.
+:mod:`decdec.reference` specifies them, and what runs on the CPU: there the linear layers take nearly all of a step.
 On a GPU each is one kernel that may start while the one ahead of it ends; x is float16 or bfloat16 there. Sums are
 accumulated in float32.
 """
@@ -12,8 +12,14 @@ from decdec import _library, reference
 
 _library.load()
 _ops = torch.ops.decdec
-for _name in ("rms_norm", "silu_mul", "attend", "head_gemv"):
+for _name in ("rms_norm", "silu_mul", "attend"):
     torch.library.impl(f"decdec::{_name}", "CPU")(getattr(reference, _name))
+
+
+@torch.library.impl("decdec::head_gemv", "CPU")
+def _(x, weight, scale=None):
+    # Unlike the reference without a float32 copy of the whole matrix.
+    return reference.head_gemv(x, weight, scale) if scale is not None else torch.nn.functional.linear(x, weight).float()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

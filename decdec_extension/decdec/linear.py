@@ -68,36 +68,47 @@ class CompensatedLinear(nn.Module):
         for key in names:
             self.register_buffer(key, packed[key])
         self.register_buffer("bias", bias)
-        self.register_buffer("residual_scale", None, persistent=False)
-        self.register_buffer("static_channels", None, persistent=False)
-        self._exact_dtypes = (*names, "residual_scale", "static_channels")
+        self._exact_dtypes = names
         self.out_features = packed["codebook"].shape[0] if self.format == "codebook" else packed["scales"].shape[1]
         self.bits = self.qweight.shape[2]
         self.parts = tuple(parts or [(name, self.out_features)])
+        # Plain attributes that follow the weights: no folder holds them, and accelerate moves no buffer that is None.
+        self.residual_scale: Tensor | None = None
+        self.static_channels: Tensor | None = None
         self.residual: Tensor | None = None
         self.residual_in, self.workspace = "host", None
         self.residual_bits, self.nested = 0, False
         self.thresholds: Thresholds | None = None
         self.compensate(Compensation())
 
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes: where its weights are, or where accelerate brings offloaded ones for each call."""
+        hooks = getattr(getattr(self, "_hf_hook", None), "hooks", None) or [getattr(self, "_hf_hook", None)]
+        places = [place for hook in hooks if (place := getattr(hook, "execution_device", None)) is not None]
+        return torch.device(places[0]) if places else self.qweight.device
+
     def extra_repr(self) -> str:
         return (f"{self.in_features}, {self.out_features}, {self.bits} bits {self.format}, "
                 f"bias={self.bias is not None}, residual_bits={self.residual_bits}, {self.compensation}")
 
     def _apply(self, fn, recurse=True):
-        before = {key: getattr(self, key) for key in self._exact_dtypes if getattr(self, key) is not None}
+        before = {key: getattr(self, key) for key in self._exact_dtypes}
         super()._apply(fn, recurse)
         for key, tensor in before.items():
             moved = getattr(self, key)
             # .half() and the like: the packed form means what it says only in its own dtype.
             if moved.dtype != tensor.dtype:
                 setattr(self, key, tensor.to(moved.device))
-        if self.residual is not None and self.residual.device != self.qweight.device:
-            if self.qweight.is_cuda:
+        for key in ("residual_scale", "static_channels"):
+            if getattr(self, key) is not None:
+                setattr(self, key, getattr(self, key).to(self.device))
+        if self.residual is not None and self.residual.device != self.device:
+            if self.device.type == "cuda":
                 from decdec.placement import place_residuals  # which knows this class
 
                 place_residuals([self], self.residual_in)
-            elif self.qweight.is_cpu:
+            elif self.device.type == "cpu":
                 self.residual, self.workspace = self.residual.cpu(), None
         return self
 
@@ -108,7 +119,7 @@ class CompensatedLinear(nn.Module):
             raise UserError(f"layer {self.name}: residual: expected shape {expected}, got {tuple(residual.shape)}: "
                             "a cheatsheet of another model")
         self.residual, self.residual_bits, self.nested, self.workspace = residual, bits, nested, None
-        self.residual_scale = None if scale is None else scale.to(self.qweight.device)
+        self.residual_scale = None if scale is None else scale.to(self.device)
 
     def set_thresholds(self, largest: Tensor, mean_square: Tensor) -> None:
         """Take what calibration saw of the input, each float32 ``(in_features,)`` (see ``artifacts.Thresholds``)."""
@@ -131,30 +142,42 @@ class CompensatedLinear(nn.Module):
             elif selection == "static":
                 order = torch.sort(self.thresholds.mean_square[self.name], descending=True, stable=True).indices
                 best = order[:sum(chunk_counts(self.in_features, k_chunk))].sort().values
-                self.static_channels = best.to(torch.int32).to(self.qweight.device)
+                self.static_channels = best.to(torch.int32).to(self.device)
             elif selection == "random":
                 # Layers draw apart from each other, and alike in every run on one kind of device.
                 seed = compensation.seed + zlib.crc32(self.name.encode())
-                self.generator = torch.Generator(self.qweight.device).manual_seed(seed)
+                self.generator = torch.Generator(self.device).manual_seed(seed)
         self.compensation = compensation
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(x.numel() // self.in_features, self.in_features)
         decoding = x.dim() < 2 or x.shape[-2] == 1
         compensated = self.compensation.k_chunk > 0 and (decoding or self.compensation.prefill)
-        path = self._by_gemv if 0 < rows.shape[0] <= FEW_ROWS else self._by_matmul
-        return path(rows, compensated).reshape(*x.shape[:-1], self.out_features)
+        if 0 < rows.shape[0] <= FEW_ROWS:
+            out = self._by_gemv(rows, compensated, self.bias)
+        else:
+            out = self._by_matmul(rows, compensated)
+        return out.reshape(*x.shape[:-1], self.out_features)
 
-    def _by_gemv(self, rows: Tensor, compensated: bool) -> Tensor:
+    def add(self, stream: Tensor, x: Tensor) -> Tensor:
+        """``stream + self(x)`` of a decode step: ``stream`` ``(1, out_features)``, ``x`` ``(1, in_features)``.
+
+        A layer without a bias adds the stream in its place, before the sum is rounded: one kernel less on a GPU.
+        """
+        if self.bias is not None:
+            return stream + self(x)
+        return self._by_gemv(x, self.compensation.k_chunk > 0, stream.view(-1))
+
+    def _by_gemv(self, rows: Tensor, compensated: bool, bias: Tensor | None) -> Tensor:
         if not compensated:
             gemv = ops.codebook_gemv if self.format == "codebook" else ops.uniform_gemv
-            return gemv(rows, *self._base(), self.bias)
+            return gemv(rows, *self._base(), bias)
         if self.compensation.selection in ("bucket", "exact"):
             gemv = ops.codebook_gemv_compensated if self.format == "codebook" else ops.uniform_gemv_compensated
-            return gemv(rows, *self._base(), self.bias, *self._residual(), self.compensation.k_chunk,
+            return gemv(rows, *self._base(), bias, *self._residual(), self.compensation.k_chunk,
                         self.b_0, self.b_15, n_tb=self.compensation.n_tb, workspace=self.workspace)
-        return self._by_gemv(rows, False) + ops.residual_gemv(rows, self.channels(rows), *self._residual(),
-                                                              self.out_features)
+        return self._by_gemv(rows, False, bias) + ops.residual_gemv(rows, self.channels(rows), *self._residual(),
+                                                                    self.out_features)
 
     def _by_matmul(self, rows: Tensor, compensated: bool) -> Tensor:
         out = F.linear(rows, self.dequantize(rows.dtype), self.bias)
@@ -165,7 +188,7 @@ class CompensatedLinear(nn.Module):
         return out
 
     def _base(self) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(getattr(self, key) for key in self._exact_dtypes[:3])
+        return tuple(getattr(self, key) for key in self._exact_dtypes)
 
     def _residual(self) -> tuple[Tensor, Tensor | None, int, bool]:
         return self.residual, self.residual_scale, self.residual_bits, self.nested

@@ -12,6 +12,7 @@ from decdec.linear import Compensation
 from decdec.testing import quick_folder
 from decoder import Decoder
 from generation import Timing, generate
+from stepper import Stepper
 
 SIZES = dict(vocab_size=160, hidden_size=96, intermediate_size=1088, num_hidden_layers=2, num_attention_heads=6,
              num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=0,
@@ -31,6 +32,9 @@ SHAPES = {
     "qwen3": ("Qwen3", dict(head_dim=32)),
     "phi3": ("Phi3", dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0,
                                            "partial_rotary_factor": 0.5})),
+    "longrope": ("Phi3", dict(max_position_embeddings=128, original_max_position_embeddings=18, rope_parameters={
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0 + 0.1 * i for i in range(8)],
+        "long_factor": [2.0 + i for i in range(8)], "original_max_position_embeddings": 18})),
 }
 PROMPT = torch.arange(21) * 7 % 160
 
@@ -61,7 +65,7 @@ def logits_of_decoder(decoder, tokens, prompt):
     decoder.allocate(len(tokens))
     rows = [decoder.prefill(tokens[:prompt])]
     for position in range(prompt, len(tokens)):
-        rows.append(decoder.step(tokens[position:position + 1], torch.tensor([position]), position + 1))
+        rows.append(decoder.step(tokens[position:position + 1], torch.tensor([position])))
     return torch.stack(rows)
 
 
@@ -108,19 +112,20 @@ def test_prefill_in_chunks_and_a_longer_live_length_change_nothing(monkeypatch):
     decoder.values.copy_(decoder.keys)
     decoder.prefill(PROMPT[:20])
     with torch.inference_mode():
-        assert_close(decoder.step(PROMPT[20:], torch.tensor([20]), 64)[None], want, rtol=1e-4, atol=1e-5)
+        assert_close(decoder.step(PROMPT[20:], torch.tensor([20]))[None], want, rtol=1e-4, atol=1e-5)
 
 
 def test_greedy_text_equals_hugging_face_and_is_timed(tmp_path):
     folder = quick_folder(original("tied"), tmp_path / "m")
     model, decoder, timing = hub.load(folder, compensation=Compensation(16)), Decoder(hub.load(folder)), Timing()
     hub.set_compensation(decoder, Compensation(16))
+    stepper = Stepper(decoder)
     want = model.generate(PROMPT[None], attention_mask=torch.ones(1, 21), max_new_tokens=12, do_sample=False,
                           eos_token_id=None)
-    got = list(generate(decoder, PROMPT, 12, timing=timing))
+    got = list(generate(stepper, PROMPT, 12, timing=timing))
     assert got == want[0, 21:].tolist()
     assert (timing.prompt_tokens, timing.steps) == (21, 11) and timing.prefill_s > 0 and timing.decode_s > 0
-    assert list(generate(decoder, PROMPT, 12, stop={got[4]})) == got[:got.index(got[4])]
+    assert list(generate(stepper, PROMPT, 12, stop={got[4]})) == got[:got.index(got[4])]
 
 
 def test_memory_and_settings_work_as_on_the_model(tmp_path):
@@ -137,8 +142,7 @@ def test_memory_and_settings_work_as_on_the_model(tmp_path):
 @pytest.mark.parametrize("family, changes, match", [
     ("Gemma", dict(head_dim=16), "RMSNorm"), ("Olmo2", dict(), "shape"),
     ("Granite", dict(residual_multiplier=0.5), "residual"), ("GPTNeoX", dict(), "shape"),
-    ("Phi3", dict(original_max_position_embeddings=64, rope_parameters={
-        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}), "longrope"),
+    ("Llama", dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "dynamic"),
 ])
 def test_models_of_another_shape_are_refused(family, changes, match):
     config = getattr(transformers, f"{family}Config")(**(SIZES | changes))

@@ -7,20 +7,24 @@ from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
 from decdec.errors import UserError
-from sampling import Sampling, next_token, probabilities
+from sampling import Sampler, Sampling, probabilities
 from streaming import TextStream
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.5, -1.0, 2.5])
 
 
+def draw(sampling, draws):
+    sampler = Sampler("cpu")
+    sampler.set(sampling, len(LOGITS))
+    return torch.cat([sampler.next_token(LOGITS) for _ in range(draws)])
+
+
 def frequencies(sampling, draws=20000):
-    generator = torch.Generator().manual_seed(sampling.seed)
-    drawn = torch.cat([next_token(LOGITS, sampling, generator) for _ in range(draws)])
-    return torch.bincount(drawn, minlength=len(LOGITS)) / draws
+    return torch.bincount(draw(sampling, draws), minlength=len(LOGITS)) / draws
 
 
 def test_greedy_takes_the_largest():
-    assert next_token(LOGITS, Sampling(), torch.Generator()).tolist() == [1]
+    assert draw(Sampling(), 1).tolist() == [1]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -30,21 +34,20 @@ def test_draws_follow_the_softmax(temperature):
 
 def test_top_k_and_top_p_cut_the_tail():
     full = LOGITS.softmax(0)
-    kept = probabilities(LOGITS, Sampling(1.0, top_k=2))
+    kept = probabilities(LOGITS, 1.0, 2, 1.0)
     assert kept.nonzero().flatten().tolist() == [1, 5]
     assert_close(kept[1] / kept[5], full[1] / full[5])
     # The likeliest three hold 0.89 of the mass, the likeliest two 0.73.
-    assert probabilities(LOGITS, Sampling(1.0, top_p=0.8)).nonzero().flatten().tolist() == [1, 2, 5]
-    assert probabilities(LOGITS, Sampling(1.0, top_p=0.01)).nonzero().flatten().tolist() == [1]
-    assert_close(probabilities(LOGITS, Sampling(1.0, top_k=99, top_p=1.0)), full)
+    assert probabilities(LOGITS, 1.0, 6, 0.8).nonzero().flatten().tolist() == [1, 2, 5]
+    assert probabilities(LOGITS, 1.0, 6, 0.01).nonzero().flatten().tolist() == [1]
+    assert_close(probabilities(LOGITS, 1.0, 99, 1.0), full)
     assert frequencies(Sampling(1.0, top_k=2), 200)[[0, 2, 3, 4]].sum() == 0
+    assert draw(Sampling(1.0, top_p=0.4), 200).unique().tolist() == [1]
 
 
 def test_a_seed_repeats_and_another_differs():
-    def draws(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return [int(next_token(LOGITS, Sampling(1.0), generator)) for _ in range(50)]
-    assert draws(1) == draws(1) != draws(2)
+    first, again, other = (draw(Sampling(1.0, seed=seed), 50).tolist() for seed in (1, 1, 2))
+    assert first == again != other
 
 
 @pytest.mark.parametrize("wrong", [dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=-1), dict(top_p=0),

@@ -10,6 +10,7 @@ from decdec import hub, models
 from decdec.linear import Compensation
 from decoder import Decoder
 from generation import generate
+from stepper import Stepper
 
 MODELS = Path(__file__).parents[2] / "models"
 ORIGINAL = MODELS / "SmolLM2-135M-Instruct"
@@ -27,7 +28,7 @@ def logits(model, decoder, ids, prompt):
             token = ids[position:position + 1]
             out = model(token[None], past_key_values=out.past_key_values, use_cache=True)
             theirs.append(out.logits[0, -1])
-            ours.append(decoder.step(token, torch.tensor([position]), position + 1))
+            ours.append(decoder.step(token, torch.tensor([position])))
     return torch.stack(theirs), torch.stack(ours)
 
 
@@ -48,5 +49,5 @@ def test_logits_and_text_equal_hugging_face(folder):
         after_first.append(ours[1])
         want = model.generate(ids[None], attention_mask=torch.ones_like(ids[None]), max_new_tokens=8, do_sample=False,
                               eos_token_id=None, pad_token_id=0)
-        assert list(generate(decoder, ids, 8)) == want[0, len(ids):].tolist()
+        assert list(generate(Stepper(decoder), ids, 8)) == want[0, len(ids):].tolist()
     assert all((after_first[0] - other).abs().max() > 0.1 for other in after_first[1:])

@@ -1,0 +1,130 @@
+"""A model ready to give text: what generate.py, chat.py and serve.py share.
+
+    runtime = Runtime("models/SmolLM2-135M-Instruct-squeezellm-w3", compensation=Compensation(k_chunk=32))
+    for token in runtime.stream(prompt_ids, max_new_tokens=64, sampling=Sampling(temperature=0.7)):
+        ...
+
+One sequence at a time: a stream must be finished or closed before the next begins.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from decdec import hub, models
+from decdec.errors import UserError
+from decdec.files import read_json
+from decdec.linear import Compensation
+from decdec.plan import PLAN, load_plan, this_device
+from decoder import Decoder
+from generation import Timing, generate
+from sampling import Sampling
+from stepper import Stepper
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class Runtime:
+    """The decoder of a DecDEC folder or an original model (folder or hub id) on one device.
+
+    ``compensation``: one setting for all layers, a mapping by kind, or ``"plan"``, the folder's ``plan.json``; an original
+    model has none. ``device`` is ``"cpu"`` or ``"cuda"``, by default the GPU where there is one; ``dtype`` by default float16
+    there and float32 on the CPU. ``head_bits`` 8 rounds the output head. ``residuals``: ``"host"`` or ``"gpu"`` memory.
+
+    ``context`` is the model's longest sequence, ``stop`` the tokens that end a text, ``timing`` that of the last stream.
+    """
+
+    def __init__(self, source: str | Path, compensation: Compensation | dict | str = Compensation(),
+                 device: str | None = None, dtype: torch.dtype | None = None, head_bits: int = 16,
+                 residuals: str = "host"):
+        self.source, self.device = str(source), torch.device(default_device() if device is None else device)
+        self.dtype = default_dtype(self.device) if dtype is None else dtype
+        check_device(self.device, self.dtype)
+        model, self.stop = load(self.source, self.dtype, compensation)
+        self.context = model.config.max_position_embeddings
+        decoder = Decoder(model, head_bits).eval()
+        try:
+            decoder.to(self.device)
+        except torch.OutOfMemoryError:
+            size = hub.memory(decoder)["device_bytes"]
+            raise UserError(f"device: the model takes {size / 1e9:.2f} GB, which the memory of {self.device} "
+                            "has not") from None
+        self.stepper, self.timing = Stepper(decoder), Timing()
+        self.compensate(compensation, residuals)
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.stepper.decoder
+
+    def compensate(self, compensation: Compensation | dict | str, residuals: str = "host") -> None:
+        """Take other settings, between two streams."""
+        if self.quantized:
+            hub.set_compensation(self.decoder, compensation, residuals)
+        self.stepper.settings_changed()
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the source is a DecDEC folder, which can be compensated."""
+        return hasattr(self.decoder, "decdec")
+
+    def stream(self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling = Sampling(),
+               stop: Collection[int] | None = None) -> Iterator[int]:
+        """Yield at most ``max_new_tokens`` tokens after the token ids ``prompt``, ending before one of ``stop``.
+
+        Raises UserError if they do not fit the context.
+        """
+        if not len(prompt):
+            raise UserError("prompt: expected tokens, got none")
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens: expected a positive number, got {max_new_tokens}")
+        if len(prompt) + max_new_tokens > self.context:
+            raise UserError(f"prompt: {len(prompt)} tokens and {max_new_tokens} new ones, but the model's context is "
+                            f"{self.context}")
+        self.timing = Timing()
+        ids = torch.as_tensor(prompt, dtype=torch.int64)
+        return generate(self.stepper, ids, max_new_tokens, sampling, self.stop if stop is None else stop, self.timing)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of weights on the device and of residuals in host memory (:func:`decdec.hub.memory`)."""
+        return hub.memory(self.decoder)
+
+
+def default_device() -> str:
+    """``cuda`` where there is a GPU and the ops were built for it, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() and torch.ops.decdec.has_cuda() else "cpu"
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def check_device(device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a device that is not there, and a dtype that it does not compute in."""
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device: expected cpu or cuda, got {device}")
+    if device.type == "cpu":
+        return
+    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device: {device} is not there (torch sees {torch.cuda.device_count()} GPUs); use cpu")
+    if not torch.ops.decdec.has_cuda():
+        raise UserError("device: the ops were built without CUDA; build decdec_extension again where nvcc is")
+    if dtype == torch.float32:
+        raise UserError("dtype: expected float16 or bfloat16 on a GPU, got float32")
+
+
+def load(source: str, dtype: torch.dtype, compensation: Compensation | dict | str) -> tuple[nn.Module, set[int]]:
+    """The model of a DecDEC folder or an original model, on the CPU, not compensated, and the tokens that end a text."""
+    models.check_source(source)
+    folder = Path(source)
+    if folder.is_dir() and "quantization_config" in read_json(folder / "config.json"):
+        model = hub.load(folder, dtype)
+    elif isinstance(compensation, Compensation) and not compensation.k_chunk:
+        model = models.load_model(source, dtype)
+    else:
+        raise UserError(f"k_chunk: {source} is not a DecDEC folder, only 0 can be run")
+    stop = set()
+    for ends in (model.config.eos_token_id, model.generation_config.eos_token_id):
+        stop |= set(ends) if isinstance(ends, list) else {ends} - {None}
+    return model, stop
