@@ -16,6 +16,7 @@ from decdec.files import read_json
 from decdec.linear import Compensation, CompensatedLinear, concatenate_residuals
 from decdec.models import KINDS, OTHER, compute_buffers, decoder_linears
 from decdec.placement import place_residuals
+from decdec.saving import save_artifacts_too
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class Source:
     cheatsheet: Path
 
 
-def load(folder: str | Path, dtype: torch.dtype = torch.float32, compensation: Compensation | Mapping | str = Compensation(),
-         cheatsheet: str | Path | None = None, device: torch.device | str = "cpu") -> nn.Module:
+def load(folder: str | Path, dtype: torch.dtype = torch.float32,
+         compensation: Compensation | Mapping | str = Compensation(), cheatsheet: str | Path | None = None,
+         device: torch.device | str = "cpu") -> nn.Module:
     """The Hugging Face causal LM of a DecDEC folder, on ``device``, in eval mode; ``dtype`` is of what is unquantized.
 
     On a GPU ``dtype`` is float16 or bfloat16, and residuals lie in pinned host memory.
@@ -74,6 +76,8 @@ def attach(model: nn.Module, folder: str | Path, compensation: Compensation | Ma
         if not replaced:
             raise UserError(f"{folder}: holds no quantized layer of this model")
         _load_rest(model, tensors)
+    model.config.quantization_config = quant.to_dict()
+    save_artifacts_too(model)
     set_compensation(model, compensation)
     return model
 
@@ -120,13 +124,15 @@ def compensated_layers(model: nn.Module) -> dict[str, CompensatedLinear]:
 
 
 def memory(model: nn.Module) -> dict[str, int]:
-    """Bytes of ``model``: ``device_bytes`` of weights and buffers, ``host_bytes`` of residual rows that are in use.
+    """Bytes of ``model``: ``device_bytes`` of weights, buffers and residual scales, ``host_bytes`` of residual rows.
 
-    Residuals that were placed in a GPU's memory count there.
+    Rows count if they are in use; those placed in a GPU's memory count there.
     """
-    on_device = {(t.data_ptr(), t.nbytes) for t in (*model.parameters(), *model.buffers())}
+    layers = compensated_layers(model).values()
+    small = [t for layer in layers for t in (layer.residual_scale, layer.static_channels) if t is not None]
+    on_device = {(t.data_ptr(), t.nbytes) for t in (*model.parameters(), *model.buffers(), *small)}
     residuals = {"host": 0, "gpu": 0}
-    for layer in compensated_layers(model).values():
+    for layer in layers:
         if layer.compensation.k_chunk:
             residuals[layer.residual_in] += layer.residual.nbytes
     return {"device_bytes": sum(size for _, size in on_device) + residuals["gpu"], "host_bytes": residuals["host"]}

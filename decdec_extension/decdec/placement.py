@@ -22,8 +22,8 @@ def place_residuals(layers: Iterable[CompensatedLinear], where: str = "host") ->
         raise UserError(f"residuals: expected one of {', '.join(PLACES)}, got {where!r}")
     groups: dict[torch.device, list[CompensatedLinear]] = defaultdict(list)
     for layer in layers:
-        if layer.residual is not None and layer.qweight.is_cuda and layer.residual.device != layer.qweight.device:
-            groups[layer.qweight.device].append(layer)
+        if layer.residual is not None and layer.device.type == "cuda" and layer.residual.device != layer.device:
+            groups[layer.device].append(layer)
     for device, group in groups.items():
         from decdec import arena  # it needs the CUDA ops
 

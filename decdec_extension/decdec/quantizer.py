@@ -15,6 +15,7 @@ from decdec import hub
 from decdec.artifacts import CHEATSHEET, QUANT_METHOD, QuantConfig
 from decdec.linear import CompensatedLinear
 from decdec.models import decoder_linears
+from decdec.saving import BESIDE, save_artifacts_too
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -45,8 +46,20 @@ class DecdecQuantizer(HfQuantizer):
             hub.replace(model, name, CompensatedLinear(name, linear.in_features, packed, bias))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
-        folder = Path(model.name_or_path)
+        folder = _folder_of(model)
         model.decdec = hub.Source(folder, self.quantization_config.quant, folder / CHEATSHEET)
+        save_artifacts_too(model)
 
     def is_serializable(self) -> bool:
         return True
+
+
+def _folder_of(model: nn.Module) -> Path:
+    """Where the files beside the weights lie; those of a hub id are fetched into the hub's cache."""
+    folder = Path(model.name_or_path)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model.name_or_path, revision=model.config._commit_hash,
+                                  allow_patterns=["config.json", CHEATSHEET, *BESIDE]))

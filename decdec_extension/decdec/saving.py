@@ -1,0 +1,35 @@
+"""``save_pretrained`` of a model with compensated layers: what its folder holds beside the weights goes along."""
+
+import os
+import shutil
+from pathlib import Path
+from types import MethodType
+
+from torch import nn
+
+from decdec.artifacts import CHEATSHEET, THRESHOLDS
+from decdec.files import atomic, read_json, write_json
+from decdec.plan import PLAN
+
+# What decdec_setup needs to rebuild AWQ's scaled original is saved as well.
+BESIDE = (THRESHOLDS, PLAN, "scaling.safetensors")
+
+
+def save_artifacts_too(model: nn.Module) -> None:
+    """Let ``model.save_pretrained(folder)`` write a whole DecDEC folder, tokenizer apart."""
+    model.save_pretrained = MethodType(_save_pretrained, model)
+
+
+def _save_pretrained(model: nn.Module, save_directory: str | Path, is_main_process: bool = True, **kwargs) -> None:
+    type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, **kwargs)
+    if not is_main_process:
+        return
+    source, target = model.decdec, Path(save_directory)
+    for original, name in ((source.cheatsheet, CHEATSHEET), *((source.folder / name, name) for name in BESIDE)):
+        if original.is_file() and original.resolve() != (target / name).resolve():
+            with atomic(target / name) as temporary:
+                shutil.copyfile(original, temporary)
+    if (source.folder / source.quant.base_model).is_dir():  # a path relative to the folder, which is another now
+        config = read_json(target / "config.json")
+        config["quantization_config"]["base_model"] = os.path.relpath(source.folder / source.quant.base_model, target)
+        write_json(target / "config.json", config)
