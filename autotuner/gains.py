@@ -20,7 +20,7 @@ from torch import Tensor
 from decdec import artifacts, ops
 from decdec.artifacts import QuantConfig
 from decdec.errors import UserError
-from decdec.models import layer_kind
+from decdec.models import block_of, layer_kind
 from decdec.reference import CHUNK, chunk_counts
 
 GAINS = "gains.safetensors"
@@ -38,13 +38,15 @@ def read_gains(folder: str | Path, layers: Iterable[Layer]) -> tuple[dict[Layer,
         by_name, unit = _derived(folder, quant), DERIVED
     else:
         return None
-    summed = {(layer.kind, layer.bits): torch.zeros(CHUNK + 1, dtype=torch.float64) for layer in layers}
+    layers = list(layers)
+    each_block = any(layer.block is not None for layer in layers)
+    summed = {(layer.kind, layer.bits, layer.block): torch.zeros(CHUNK + 1, dtype=torch.float64) for layer in layers}
     for name, gain in by_name.items():
-        key = layer_kind(name), quant.bits_of(name)
+        key = layer_kind(name), quant.bits_of(name), block_of(name) if each_block else None
         if key not in summed:
             raise UserError(f"{folder}: gains: {name} is no layer of this model")
         summed[key] += gain.double()
-    return {layer: diminishing(summed[layer.kind, layer.bits]) for layer in layers}, unit
+    return {layer: diminishing(summed[layer.kind, layer.bits, layer.block]) for layer in layers}, unit
 
 
 def diminishing(gain: Tensor) -> Tensor:

@@ -6,10 +6,18 @@ from decdec.plan import Plan, Tuned
 
 
 def settings(tuned: Tuned, bits: int) -> str:
-    """``n_tb^max/(k_qkv,k_o,k_gu,k_d)`` for the layers of one bit width."""
-    choices = [choice for choice in tuned.choices if choice.bits == bits]
-    n_max = max((choice.n_tb for choice in choices if choice.k_chunk), default=0)
-    return f"{n_max}/({','.join(str(choice.k_chunk) for choice in choices)})"
+    """``n_tb^max/(k_qkv,k_o,k_gu,k_d)`` for the layers of one bit width; ``8-90`` where blocks differ."""
+    n_max = max((choice.n_tb for choice in tuned.choices if choice.bits == bits and choice.k_chunk), default=0)
+    return f"{n_max}/({','.join(by_kind(tuned, bits, 'k_chunk'))})"
+
+
+def by_kind(tuned: Tuned, bits: int, what: str) -> list[str]:
+    """Field ``what`` of the choices of one bit width, one entry a kind."""
+    values = {}
+    for choice in tuned.choices:
+        if choice.bits == bits:
+            values.setdefault(choice.kind, []).append(getattr(choice, what))
+    return [f"{min(many)}-{max(many)}" if min(many) < max(many) else str(many[0]) for many in values.values()]
 
 
 def percent(value: float | None) -> str:
@@ -26,7 +34,7 @@ def text(plan: Plan) -> str:
         lines.append(f"target {tuned.target_percent:g}% {tuned.scope}, {tuned.objective}: "
                      f"predicted {percent(tuned.predicted_percent)}, measured {percent(tuned.measured_percent)}{gain}")
         for bits in sorted({choice.bits for choice in tuned.choices}):
-            n_tb = ",".join(str(choice.n_tb) for choice in tuned.choices if choice.bits == bits)
+            n_tb = ",".join(by_kind(tuned, bits, "n_tb"))
             lines.append(f"  {bits}-bit  n_tb/(k_chunk of qkv,o,gu,d)  {settings(tuned, bits)}   n_tb ({n_tb})")
     return "\n".join(lines)
 
@@ -37,7 +45,7 @@ def rows(plan: Plan) -> Iterator[dict]:
         for choice in tuned.choices:
             yield {"shapes": plan.model, "method": plan.method, "bits": choice.bits,
                    "target": tuned.target_percent, "scope": tuned.scope, "objective": tuned.objective,
-                   "kind": choice.kind, "n_tb": choice.n_tb, "k_chunk": choice.k_chunk,
+                   "kind": choice.kind, "block": choice.block, "n_tb": choice.n_tb, "k_chunk": choice.k_chunk,
                    "base_us": choice.base_us, "predicted": choice.predicted_us / choice.base_us,
                    "measured": choice.measured_us and choice.measured_us / choice.base_us,
                    "predicted_percent": tuned.predicted_percent, "measured_percent": tuned.measured_percent,

@@ -21,6 +21,7 @@ from decdec.files import config_hash
 DTYPES = ("float16", "bfloat16")
 SELECTIONS = ("bucket", "exact")
 SIMULATED = "simulated"  # and a hash of the rates stands for the kernels' hash in a simulation
+LAW = "law"  # added where the paper's law alone is simulated
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", required=True, metavar="FILE", help="JSON-lines file of measured times")
 
 
-def model_shapes(arguments: argparse.Namespace) -> Shapes:
+def model_shapes(arguments: argparse.Namespace, each_block: bool = False) -> Shapes:
     if (arguments.model is None) == (arguments.random_weights is None):
         raise UserError("model: expected either a model folder or --random-weights NAME")
     if arguments.model is not None:
-        return shapes.from_folder(arguments.model)
+        return shapes.from_folder(arguments.model, each_block)
     return shapes.random_weights(arguments.random_weights, arguments.bits, arguments.format)
 
 
@@ -69,7 +70,8 @@ def open_session(arguments: argparse.Namespace, sms: int | None):
         if arguments.law:
             rates = rates.without_fixed_costs()
         device = plan.Device(sheet.name, sheet.sms, simulated=True)
-        conditions = _conditions(arguments, device, f"{SIMULATED}-{config_hash(asdict(rates))}")
+        library = f"{SIMULATED}{f'-{LAW}' * arguments.law}-{config_hash(asdict(rates))}"
+        conditions = _conditions(arguments, device, library)
         yield Session(device, conditions, rates, simulated.SimulatedTimer(rates), {})
         return
     if arguments.law:

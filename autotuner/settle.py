@@ -8,7 +8,7 @@ from decide import Target
 from phases import Setting
 from profiling import Profiler, refine
 from shapes import Layer
-from timings import Timings
+from timings import Timings, shape_of
 
 ATTEMPTS = 6
 FRESH = 3  # fresh measurements of base and choice, taken in turn so that both see the same clocks
@@ -51,11 +51,14 @@ def settle(timings: Timings, profiler: Profiler | None, decision: Decision, targ
 
 def _measured(timings: Timings, profiler: Profiler, settings: dict[Layer, Setting], target: Target) -> Settled:
     before = _predicted(timings, settings, target)
-    base, measured = {}, {}
+    base, measured, fresh = {}, {}, {}
     for layer, setting in settings.items():
-        pairs = [(profiler.measure(layer, 0, 0, again=True).us,
-                  profiler.measure(layer, setting.n_tb, setting.k_chunk, again=True).us) for _ in range(FRESH)]
-        base[layer], measured[layer] = (sorted(times)[FRESH // 2] for times in zip(*pairs))
+        same = shape_of(layer), setting
+        if same not in fresh:
+            pairs = [(profiler.measure(layer, 0, 0, again=True).us,
+                      profiler.measure(layer, setting.n_tb, setting.k_chunk, again=True).us) for _ in range(FRESH)]
+            fresh[same] = [sorted(times)[FRESH // 2] for times in zip(*pairs)]
+        base[layer], measured[layer] = fresh[same]
         if setting.k_chunk == 0:
             measured[layer] = base[layer]
     percent = target.slowdown_percent(_total(base), _total(measured))

@@ -1,6 +1,5 @@
 """What is tuned: the kinds of linear layer of a model, fused as the decoder runs them."""
 
-import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ import torch
 
 from decdec import artifacts, packing
 from decdec.errors import UserError
-from decdec.models import KINDS, decoder_linears, layer_kind
+from decdec.models import KINDS, block_of, decoder_linears, layer_kind
 from decdec.reference import chunk_counts
 
 # hidden size, MLP width, query and key/value heads, blocks, vocabulary; head size 128
@@ -19,7 +18,7 @@ NAMED = {"llama-3-8b": (4096, 14336, 32, 8, 32, 128256), "llama-3-70b": (8192, 2
 
 @dataclass(frozen=True)
 class Layer:
-    """A kind of layer at one bit width; ``count`` of them run for each token."""
+    """A kind of layer at one bit width, in all blocks or in one ``block``; ``count`` of them run for each token."""
 
     kind: str
     bits: int
@@ -30,10 +29,11 @@ class Layer:
     group_size: int | None = None
     residual_bits: int = 4
     nested: bool = False
+    block: int | None = None
 
     @property
     def label(self) -> str:
-        return f"{self.kind} {self.bits}-bit"
+        return f"{self.kind} {self.bits}-bit" + ("" if self.block is None else f" of block {self.block}")
 
     @property
     def base_bytes(self) -> int:
@@ -76,9 +76,9 @@ def random_weights(name: str, bits: float, format: str) -> Shapes:
     return Shapes(name, f"random {format}", layers, 2 * hidden * vocabulary)
 
 
-def from_folder(folder: str | Path) -> Shapes:
+def from_folder(folder: str | Path, each_block: bool = False) -> Shapes:
     """The shapes of a DecDEC folder: layers of one block that share kind and bits are one, as the decoder fuses
-    them."""
+    them. Blocks are told apart only if ``each_block``."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     quant = artifacts.read_quant_config(folder)
@@ -96,18 +96,12 @@ def from_folder(folder: str | Path) -> Shapes:
     if sheet_path.is_file():
         sheet = artifacts.load_cheatsheet(sheet_path, quant)
         residual_bits, nested = sheet.bits, sheet.nested
-    counts = Counter((kind, bits, linears[0].in_features, sum(linear.out_features for linear in linears))
-                     for (_, kind, bits), linears in fused.items())
-    layers = tuple(Layer(*key, count, quant.format, quant.group_size, residual_bits, nested)
-                   for key, count in counts.items())
-    if len({(layer.kind, layer.bits) for layer in layers}) < len(layers):
+    counts = Counter((kind, bits, linears[0].in_features, sum(linear.out_features for linear in linears),
+                      block if each_block else None) for (block, kind, bits), linears in fused.items())
+    layers = tuple(Layer(kind, bits, d_in, d_out, count, quant.format, quant.group_size, residual_bits, nested, block)
+                   for (kind, bits, d_in, d_out, block), count in counts.items())
+    if len({(layer.kind, layer.bits, layer.block) for layer in layers}) < len(layers):
         raise UserError(f"{folder}: layers of one kind and bit width differ in shape; "
                         "the tuner chooses by kind and bits")
     head = model.get_output_embeddings().weight
     return Shapes(Path(folder).resolve().name, quant.method, layers, 2 * head.numel(), quant.weights_hash)
-
-
-def block_of(name: str) -> str:
-    """Index of the decoder block that a layer belongs to: the first number in its name."""
-    number = re.search(r"\.(\d+)\.", name)
-    return number.group(1) if number else name

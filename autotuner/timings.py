@@ -15,6 +15,11 @@ from decdec.files import read_rows
 SHAPE = ("format", "bits", "group_size", "d_in", "d_out", "residual_bits", "nested")
 
 
+def shape_of(layer: Layer) -> tuple:
+    """What the times of a layer depend on: layers that agree in it are measured once."""
+    return tuple(getattr(layer, key) for key in SHAPE)
+
+
 @dataclass(frozen=True)
 class Conditions:
     """What a time depends on besides shape and settings. ``library``: hash of the compiled kernels, ``simulated`` for
@@ -55,17 +60,16 @@ class Timings:
 
     def __init__(self, layers: Sequence[Layer], conditions: Conditions, rows: Iterable[dict] = ()):
         self.layers, self.conditions = tuple(layers), conditions
-        self.points: dict[Layer, dict[int, dict[int, float]]] = {layer: defaultdict(dict) for layer in layers}
+        shared = defaultdict(lambda: defaultdict(dict))  # layers of one shape share their points
+        self.points: dict[Layer, dict[int, dict[int, float]]] = {layer: shared[shape_of(layer)] for layer in layers}
         self._seen = defaultdict(list)
-        by_shape = defaultdict(list)
-        for layer in self.layers:
-            by_shape[tuple(getattr(layer, key) for key in SHAPE)].append(layer)
+        one_of = {shape_of(layer): layer for layer in self.layers}
         same = vars(conditions).items()
         for row in rows:
             if row["what"] != "timing" or any(row.get(key) != value for key, value in same):
                 continue
             try:
-                for layer in by_shape.get(tuple(row[key] for key in SHAPE), ()):
+                if layer := one_of.get(tuple(row[key] for key in SHAPE)):
                     self.add(layer, int(row["n_tb"]), int(row["k_chunk"]), float(row["us"]))
             except (KeyError, TypeError, ValueError) as error:
                 raise UserError(f"profile: a timing row misses or garbles a field ({type(error).__name__}: {error}); "
@@ -76,7 +80,7 @@ class Timings:
         if not us > 0:
             raise UserError(f"profile: {layer.label}, n_tb {n_tb}, k_chunk {k_chunk}: expected a positive time, "
                             f"got {us}")
-        seen = self._seen[layer, n_tb, k_chunk]
+        seen = self._seen[shape_of(layer), n_tb, k_chunk]
         seen.append(us)
         self.points[layer][n_tb][k_chunk] = statistics.median(seen)
 
@@ -98,13 +102,14 @@ class Timings:
     def times(self) -> dict[Layer, dict[int, np.ndarray]]:
         """The tuner's table, one token's worth: ``[layer][n_tb][k_chunk]`` is the time of all ``layer.count``
         layers."""
-        table = {}
-        for layer in self.layers:
+        curves = {}
+        for layer in {shape_of(layer): layer for layer in self.layers}.values():
             base = self.base(layer)
-            curves = {n_tb: layer.count * envelope(interpolated(points, base))
-                      for n_tb, points in sorted(self.points[layer].items()) if n_tb}
-            table[layer] = curves or {1: layer.count * np.array([base])}
-        return table
+            curves[shape_of(layer)] = {n_tb: envelope(interpolated(points, base))
+                                       for n_tb, points in sorted(self.points[layer].items()) if n_tb
+                                       } or {1: np.array([base])}
+        return {layer: {n_tb: layer.count * curve for n_tb, curve in curves[shape_of(layer)].items()}
+                for layer in self.layers}
 
 
 def interpolated(points: dict[int, float], base: float) -> np.ndarray:

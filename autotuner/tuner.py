@@ -32,7 +32,8 @@ from decdec.plan import Choice, Plan, Tuned
 
 def choices(settled: Settled) -> tuple[Choice, ...]:
     return tuple(Choice(layer.kind, layer.bits, layer.d_in, layer.d_out, layer.count, setting.n_tb, setting.k_chunk,
-                        settled.base[layer], settled.predicted[layer], settled.measured and settled.measured[layer])
+                        settled.base[layer], settled.predicted[layer], settled.measured and settled.measured[layer],
+                        layer.block)
                  for layer, setting in settled.settings.items())
 
 
@@ -43,6 +44,9 @@ def tune(shapes: Shapes, session: Session, rows: list[dict], targets: list[Targe
     profiler = session.timer and Profiler(timings, session.timer, profile)
     by_layer, unit = gains or (None, None)
     n_limit = max(1, session.device.sms // 2)
+    objective = "paper" if gains is None else "quality"
+    if any(layer.block is not None for layer in shapes.layers):
+        objective += " by block"
 
     def decision(table: Timings, target: Target) -> dict[Layer, Setting]:
         return decide.decide(table, target, by_layer, n_limit)
@@ -51,7 +55,7 @@ def tune(shapes: Shapes, session: Session, rows: list[dict], targets: list[Targe
     for target in targets:
         settled = settle(timings, profiler, decision, target, afresh=not session.device.simulated)
         gain = gains and float(sum(by_layer[layer][setting.k_chunk] for layer, setting in settled.settings.items()))
-        tuned.append(Tuned(target.percent, target.scope, "quality" if gains else "paper", settled.predicted_percent,
+        tuned.append(Tuned(target.percent, target.scope, objective, settled.predicted_percent,
                            settled.measured_percent, target.rest_us, gain, choices(settled)))
         if (settled.measured_percent or 0.0) > target.percent:
             print(f"warning: target {target.percent:g} %: no choice was measured to keep it, the last took "
@@ -92,6 +96,8 @@ def main() -> None:
     parser.add_argument("--token-ms", type=float, help="time of a token without compensation, for the end-to-end scope")
     parser.add_argument("--objective", choices=decide.OBJECTIVES,
                         help="quality (default where the folder has calibration data) or the paper's phases")
+    parser.add_argument("--each-block", action="store_true",
+                        help="choose for every block by itself; by predicted quality only")
     parser.add_argument("--out", help=f"plan to write (default {plan.PLAN} in the folder)")
     parser.add_argument("--rows", metavar="FILE", help="also append one JSON line for each target and kind of layer")
     arguments = parser.parse_args()
@@ -100,11 +106,15 @@ def main() -> None:
     if arguments.out is None and arguments.model is None:
         raise UserError("out: random weights have no folder; say where the plan goes")
 
-    shapes, rows = sessions.model_shapes(arguments), read_profile(arguments.profile)
+    if arguments.each_block and (arguments.model is None or arguments.objective == "paper"):
+        raise UserError("each-block: blocks differ only in what their calibration data say: it needs a folder, and goes "
+                        "with --objective quality")
+
+    shapes, rows = sessions.model_shapes(arguments, arguments.each_block), read_profile(arguments.profile)
     gains = None
     if arguments.objective != "paper" and arguments.model is not None:
         gains = gains_of.read_gains(arguments.model, shapes.layers)
-    if gains is None and arguments.objective == "quality":
+    if gains is None and (arguments.objective == "quality" or arguments.each_block):
         raise UserError("objective: quality needs calibration data: a folder with gains.safetensors "
                         "(measure_gains.py), or with thresholds.pt and cheatsheet.pt")
     with ExitStack() as stack:

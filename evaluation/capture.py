@@ -1,6 +1,5 @@
 """Watching the inputs of compensated layers while a text runs through the model."""
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,16 +10,11 @@ from decdec import hub, models, text
 from decdec.linear import CompensatedLinear
 
 
-def block_of(layer: CompensatedLinear) -> int:
-    """Index of the decoder block that ``layer`` is in."""
-    return int(re.search(r"\.(\d+)\.", layer.name).group(1))
-
-
 def layers_by_input(model: nn.Module) -> dict[tuple[int, str], list[CompensatedLinear]]:
     """The compensated layers by block and kind; those of one kind (q, k and v; gate and up) read the same input."""
     groups = {}
     for layer in hub.compensated_layers(model).values():
-        groups.setdefault((block_of(layer), layer.kind), []).append(layer)
+        groups.setdefault((models.block_of(layer.name), layer.kind), []).append(layer)
     return groups
 
 
@@ -50,7 +44,7 @@ def layer_inputs(model: nn.Module, ids: Tensor, wanted: Sequence[tuple[int, str]
     groups = layers_by_input(model)
     seen = {}
     with watching([groups[key][0] for key in wanted],
-                  lambda layer, rows: seen.setdefault((block_of(layer), layer.kind), rows.float().cpu())):
+                  lambda layer, rows: seen.setdefault((models.block_of(layer.name), layer.kind), rows.float().cpu())):
         model(ids[None].to(model.device), use_cache=False)
     return seen
 

@@ -1,8 +1,8 @@
 """Perplexity and time a token at the autotuner's targets: the points of the paper's Figures 17 and 18 and of Table 3.
 
 For every --plan (plan.json of autotuner/) and each of its targets: perplexity with the k_chunk chosen for each kind of layer, and
-the plan's time a token on its GPU, marked as measured, predicted from measured kernel times, or simulated from data sheets. The
-point without compensation comes first. One row a plan and target; a row that is there already is not measured again.
+the plan's time a token on its GPU, marked as measured, predicted from measured kernel times, simulated from data sheets, or
+simulated by the paper's law alone. The point without compensation comes first. One row a plan and target; a row that is there already is not measured again.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from subject import SUBJECT_KEY, Rows, Setting, add_arguments, folder_from_argum
 from decdec import hub, models, text
 from decdec.errors import run
 from decdec.linear import Compensation
-from decdec.plan import Plan, Tuned, load_plan
+from decdec.plan import Plan, Tuned, apply, load_plan
 
 KEY = (*SUBJECT_KEY, "gpu", "sms", "target_percent", "scope", "objective", "timing", "text_hash", "windows", "window_length")
 
@@ -39,16 +39,20 @@ def token_ms(tuned: Tuned, compensated: bool) -> float:
 
 def timing(plan: Plan, tuned: Tuned) -> str:
     if plan.device.simulated:
-        return "simulated"
+        return "by the law" if "-law-" in plan.versions["library"] else "simulated"
     return "predicted" if tuned.measured_percent is None else "measured"
 
 
-def compensate(model, plan: Plan, tuned: Tuned | None) -> None:
-    """Every layer at its kind's and bit width's choice at every position; without ``tuned`` nothing is compensated."""
-    highest = max((choice.k_chunk for choice in tuned.choices), default=0) if tuned else 0
-    hub.set_compensation(model, Compensation(highest, plan.selection, prefill=True))  # loads the residuals
-    for layer in hub.compensated_layers(model).values() if tuned else ():
-        layer.compensate(Compensation(tuned.choice(layer.kind, layer.bits).k_chunk, plan.selection, prefill=True))
+def by_kind(tuned: Tuned, what: str) -> dict[str, int | list[int]]:
+    """Field ``what`` of the choices by kind and bit width, such as ``{"qkv3": 55}``; a list where blocks differ."""
+    values = {}
+    for choice in tuned.choices:
+        values.setdefault(f"{choice.kind}{choice.bits}", []).append(getattr(choice, what))
+    return {name: many if len(set(many)) > 1 else many[0] for name, many in values.items()}
+
+
+def any_channel(tuned: Tuned | None) -> bool:
+    return tuned is not None and any(choice.k_chunk for choice in tuned.choices)
 
 
 def points(plan: Plan) -> list[tuple[dict, Tuned | None]]:
@@ -59,10 +63,8 @@ def points(plan: Plan) -> list[tuple[dict, Tuned | None]]:
                "measured_percent": None, "ms_per_token": round(token_ms(first, False), 5), "timing": timing(plan, first)}
     found = [(gpu | nothing, None)]
     for tuned in plan.tuned:
-        chosen = {f"{choice.kind}{choice.bits}": choice for choice in tuned.choices}
         found.append((gpu | {"target_percent": tuned.target_percent, "scope": tuned.scope, "objective": tuned.objective,
-                             "k_chunk": {name: choice.k_chunk for name, choice in chosen.items()},
-                             "n_tb": {name: choice.n_tb for name, choice in chosen.items()},
+                             "k_chunk": by_kind(tuned, "k_chunk"), "n_tb": by_kind(tuned, "n_tb"),
                              "predicted_percent": tuned.predicted_percent, "measured_percent": tuned.measured_percent,
                              "ms_per_token": round(token_ms(tuned, True), 5), "timing": timing(plan, tuned)}, tuned))
     return found
@@ -83,14 +85,17 @@ def main() -> None:
         for point, tuned in points(plan):
             row = (some | {"selection": plan.selection} if tuned else base) | point | {
                 "text": evaluation.name, "text_hash": evaluation.hash, "windows": len(ids), "window_length": length,
-                "compensated": "every position" if point["k_chunk"] and any(point["k_chunk"].values()) else "none"}
+                "compensated": "every position" if any_channel(tuned) else "none"}
             known = rows.find(row)
             if known is None:
                 start = time.monotonic()
                 choice = (row["selection"], str(point["k_chunk"]))
                 if choice not in same:
                     model = model or subject.load()
-                    compensate(model, plan, tuned)
+                    if any_channel(tuned):
+                        apply(plan, model, tuned.target_percent, prefill=True)
+                    else:
+                        hub.set_compensation(model, Compensation())
                     same[choice] = perplexity(model, ids, f"{point['gpu']}, target {point['target_percent']} %")
                 value, error = same[choice]
                 known = row | {"perplexity": round(value, 4), "loss_standard_error": round(error, 5),

@@ -13,6 +13,7 @@ import torch
 import tuner
 from gains import DERIVED, GAINS, MEASURED, diminishing, read_gains
 from measure_gains import at_k_chunk, removed_by_rank
+from safetensors.torch import save_file
 from shapes import from_folder
 
 from decdec import hub
@@ -20,6 +21,7 @@ from decdec.artifacts import read_quant_config
 from decdec.errors import UserError
 from decdec.files import read_rows
 from decdec.linear import Compensation
+from decdec.models import block_of
 from decdec.plan import Device, apply, load_plan
 from decdec.testing import refused, run_script
 from decdec.tiny import make_model
@@ -126,6 +128,28 @@ def test_the_whole_stage_on_a_folder_and_its_plan_is_refused_elsewhere(call, fol
     with pytest.raises(UserError, match="cannot be read"):
         load_plan(tmp_path / "broken.json")
     assert "is there already" in call(measure_gains, folder, "--text", "pydoc", "--samples", 2)
+
+
+def test_each_block_by_itself(call, folder, tmp_path):
+    """Blocks whose channels are worth more get more; the plan reaches each block's layers."""
+    gains = {name: torch.linspace(0, 1, 1025) * (1 if ".0." in name else 100) for name in hub.compensated_layers(hub.load(folder))}
+    save_file(gains, tmp_path / GAINS, {"weights_hash": read_quant_config(folder).weights_hash})
+    for file in ("config.json", "model.safetensors", "cheatsheet.pt", "thresholds.pt"):
+        (tmp_path / file).symlink_to(folder / file)
+    simulated = (tmp_path, "--simulate", "4050M", "--law", "--profile", tmp_path / "rows")
+    call(run_profile, *simulated)
+    printed = call(tuner, *simulated, "--each-block", "--target", 50)
+    plan = load_plan(tmp_path / "plan.json")
+    chosen = {(choice.kind, choice.block): choice.k_chunk for choice in plan.at().choices}
+    assert plan.at().objective == "quality by block" and "by block" in printed and plan.at().predicted_percent <= 50
+    assert all(chosen[kind, 1] >= chosen[kind, 0] for kind in ("qkv", "o", "gu", "d"))
+    assert sum(k for (_, block), k in chosen.items() if block) > sum(k for (_, block), k in chosen.items() if not block)
+    model = hub.load(folder)
+    apply(plan, model)
+    for layer in hub.compensated_layers(model).values():
+        assert layer.compensation.k_chunk == chosen[layer.kind, block_of(layer.name)]
+    with pytest.raises(UserError, match="each-block: blocks differ only in"):
+        call(tuner, *simulated, "--each-block", "--objective", "paper")
 
 
 def test_gains_without_gradients_come_from_thresholds(folder):

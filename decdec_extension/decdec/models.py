@@ -1,5 +1,6 @@
 """Loading original models, and finding their decoder's linear layers from the module tree (no model names)."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -86,6 +87,12 @@ def layer_kind(name: str) -> str:
     """``qkv``, ``o``, ``gu``, ``d`` or ``other`` for a linear layer's name; the last one or two parts of it decide."""
     *_, parent, leaf = ("", *name.split("."))
     return _KIND_OF.get(f"{parent}.{leaf}") or _KIND_OF.get(leaf, OTHER)
+
+
+def block_of(name: str) -> int | None:
+    """Index of the decoder block that a layer is in: the first number in its name; None outside the blocks."""
+    number = re.search(r"\.(\d+)\.", name)
+    return int(number.group(1)) if number else None
 
 
 def context_length(source: str) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 from decdec.artifacts import QuantConfig
 from decdec.errors import UserError
 from decdec.files import read_json, write_json
+from decdec.models import block_of
 
 PLAN = "plan.json"
 FORMAT, VERSION = "decdec.plan", 1
@@ -26,8 +27,8 @@ class Device:
 
 @dataclass(frozen=True)
 class Choice:
-    """The settings of one kind of layer (``qkv``, ``o``, ``gu``, ``d``) at one bit width; times are of one layer, in
-    microseconds."""
+    """The settings of one kind of layer (``qkv``, ``o``, ``gu``, ``d``) at one bit width, in all blocks or in one;
+    times are of one layer, in microseconds."""
 
     kind: str
     bits: int
@@ -39,6 +40,7 @@ class Choice:
     base_us: float
     predicted_us: float
     measured_us: float | None = None  # timed afresh after the choice
+    block: int | None = None  # None for all blocks
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,16 @@ class Tuned:
 
     target_percent: float
     scope: str
-    objective: str  # "quality": most predicted loss removed; "paper": the paper's two phases
+    objective: str  # "quality": most predicted loss removed; "paper": the paper's two phases; "quality by block"
     predicted_percent: float
     measured_percent: float | None
     rest_us: float  # of a token outside the linear layers; 0 if not known, which only the kernel scope allows
     gain: float | None  # predicted loss removed, in the unit of the plan's ``gain_source``
     choices: tuple[Choice, ...]
 
-    def choice(self, kind: str, bits: int) -> Choice:
+    def choice(self, kind: str, bits: int, block: int | None = None) -> Choice:
         for choice in self.choices:
-            if (choice.kind, choice.bits) == (kind, bits):
+            if (choice.kind, choice.bits) == (kind, bits) and choice.block in (None, block):
                 return choice
         raise UserError(f"{PLAN}: has no choice for {kind} layers of {bits} bits: a plan of another model")
 
@@ -135,7 +137,7 @@ def apply(plan: Plan, model: nn.Module, target_percent: float | None = None, pre
     highest = max(choice.k_chunk for choice in tuned.choices)
     hub.set_compensation(model, Compensation(highest, plan.selection, prefill))  # loads what every layer needs
     for layer in hub.compensated_layers(model).values():
-        choice = tuned.choice(layer.kind, layer.bits)
+        choice = tuned.choice(layer.kind, layer.bits, block_of(layer.name))
         layer.compensate(Compensation(choice.k_chunk, plan.selection, prefill, choice.n_tb))
 
 

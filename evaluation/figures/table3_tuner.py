@@ -1,6 +1,7 @@
 """Table 3 of the paper: what the tuner chose for each GPU and target, and the slow-down it gave, from rows of tuned.py.
 
 A cell reads n_tb / k_chunk for qkv, o, gate/up and down, then the slow-down. As in the paper the largest n_tb stands for all.
+Where blocks differ, the cell has the range.
 """
 
 import argparse
@@ -11,10 +12,15 @@ from decdec.errors import run
 from decdec.files import atomic
 
 
+def many(value: int | list[int]) -> list[int]:
+    """One value a block, or the one that all blocks share."""
+    return value if isinstance(value, list) else [value]
+
+
 def cell(row: dict) -> str:
     slow_down = row["predicted_percent"] if row["measured_percent"] is None else row["measured_percent"]
-    chosen = ", ".join(str(k) for k in row["k_chunk"].values())
-    n_tb = max((n_tb for kind, n_tb in row["n_tb"].items() if row["k_chunk"][kind]), default=0)
+    chosen = ", ".join(f"{min(k)}-{max(k)}" if isinstance(k, list) else str(k) for k in row["k_chunk"].values())
+    n_tb = max((max(many(row["n_tb"][kind])) for kind, k in row["k_chunk"].items() if any(many(k))), default=0)
     return f"{n_tb}/({chosen}) {slow_down:.1f} %"
 
 
