@@ -1,0 +1,151 @@
+"""The decoder on a GPU, as one CUDA graph a token, against Hugging Face and against itself on the CPU."""
+
+import pytest
+import torch
+import transformers
+
+from decdec import hub
+from decdec.errors import UserError
+from decdec.linear import Compensation
+from decdec.testing import quick_folder
+from decoder import Decoder
+from generation import generate
+from runtime import Runtime
+from sampling import Sampling
+from stepper import Stepper
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+SIZES = dict(vocab_size=160, hidden_size=256, intermediate_size=1088, num_hidden_layers=2, num_attention_heads=8,
+             num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=0, eos_token_id=1, pad_token_id=0,
+             initializer_range=0.1)
+SHAPES = {
+    "llama": ("Llama", dict()),
+    "tied": ("Llama", dict(tie_word_embeddings=True, num_key_value_heads=8)),
+    "biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
+    "mistral": ("Mistral", dict(sliding_window=70)),
+    "qwen2": ("Qwen2", dict()),
+    "qwen3": ("Qwen3", dict(head_dim=64)),
+    "phi3": ("Phi3", dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0,
+                                           "partial_rotary_factor": 0.5})),
+    "longrope": ("Phi3", dict(original_max_position_embeddings=118, rope_parameters={
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0 + 0.1 * i for i in range(16)],
+        "long_factor": [2.0 + i for i in range(16)], "original_max_position_embeddings": 118})),
+}
+PROMPT = torch.arange(110) * 7 % 160
+TOKENS = torch.arange(130) * 11 % 160
+
+
+def original(shape):
+    family, changes = SHAPES[shape]
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**(SIZES | changes)))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits_of_hugging_face(model):
+    device = model.device
+    out = model(TOKENS[None, :110].to(device), use_cache=True)
+    rows = [out.logits[0, -1]]
+    for token in TOKENS[110:].to(device):
+        out = model(token.view(1, 1), past_key_values=out.past_key_values, use_cache=True)
+        rows.append(out.logits[0, -1])
+    return torch.stack(rows).float().cpu()
+
+
+def logits_of_decoder(decoder):
+    decoder.allocate(256)
+    rows = [decoder.prefill(TOKENS[:110].cuda())]
+    for position in range(110, len(TOKENS)):
+        rows.append(decoder.step(TOKENS[position:position + 1].cuda(), torch.tensor([position], device="cuda")))
+    return torch.stack(rows).cpu()
+
+
+@pytest.mark.parametrize("form", ["codebook", "uniform"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_as_near_to_exact_ones_as_hugging_face(tmp_path, shape, form):
+    folder = quick_folder(original(shape), tmp_path / "m", form)
+    decoder = Decoder(hub.load(folder, torch.float16)).cuda()
+    model = hub.load(folder, torch.float16, device="cuda")
+    for setting in (Compensation(), Compensation(8, "exact"), Compensation(8), Compensation(1024, prefill=True)):
+        hub.set_compensation(decoder, setting)
+        hub.set_compensation(model, setting)
+        exact = logits_of_hugging_face(hub.load(folder, compensation=setting))
+        theirs, ours = logits_of_hugging_face(model), logits_of_decoder(decoder)
+        assert (ours - exact).abs().mean() <= 2 * (theirs - exact).abs().mean(), setting
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen3", "longrope"])
+def test_greedy_text_is_that_of_the_cpu_up_to_a_tie(tmp_path, shape):
+    folder = quick_folder(original(shape), tmp_path / "m")
+    for k_chunk in (0, 16):
+        slow = Decoder(hub.load(folder))
+        hub.set_compensation(slow, Compensation(k_chunk))
+        fast = Decoder(hub.load(folder, torch.float16)).cuda()
+        hub.set_compensation(fast, Compensation(k_chunk))
+        on_cpu, on_gpu = (list(generate(Stepper(decoder), PROMPT, 40)) for decoder in (slow, fast))
+        parting = next((i for i, (a, b) in enumerate(zip(on_cpu, on_gpu)) if a != b), None)
+        if parting is not None:  # then the two tokens are nearly as likely
+            logits = slow.prefill(torch.cat((PROMPT, torch.tensor(on_cpu[:parting], dtype=torch.int64))))
+            assert abs(logits[on_cpu[parting]] - logits[on_gpu[parting]]) < 0.02 * logits.std()
+
+
+def test_sampling_in_the_graph_repeats_and_follows_its_settings(tmp_path):
+    runtime = Runtime(quick_folder(original("llama"), tmp_path / "m"), Compensation(8))
+    assert runtime.device.type == "cuda" and runtime.dtype == torch.float16
+    prompt = PROMPT.tolist()
+
+    def text(**changes):
+        return list(runtime.stream(prompt, 60, Sampling(**changes), stop=()))
+
+    greedy = text()
+    assert text(temperature=1.0, top_k=1) == text(temperature=1e-4) == greedy
+    first, again, other = text(temperature=1.0, seed=1), text(temperature=1.0, seed=1), text(temperature=1.0, seed=2)
+    assert first == again != other
+    cut = text(temperature=1.5, top_p=0.5, top_k=20, seed=3)
+    assert cut == text(temperature=1.5, top_p=0.5, top_k=20, seed=3) != first
+    assert len(runtime.stepper.graphs) == 3 and text() == greedy
+    assert list(runtime.stream(prompt, 60, stop={greedy[7]})) == greedy[:greedy.index(greedy[7])]
+    longer = list(runtime.stream(prompt, 800, stop=()))
+    assert longer[:60] == greedy and len(longer) == 800
+    runtime.compensate(Compensation())
+    assert text() != greedy
+
+
+def test_residuals_lie_where_they_are_asked_for(tmp_path):
+    folder = quick_folder(original("llama"), tmp_path / "m")
+    texts = []
+    for where in ("host", "gpu"):
+        runtime = Runtime(folder, Compensation(16), residuals=where)
+        assert (runtime.memory()["host_bytes"] > 0) == (where == "host")
+        texts.append(list(runtime.stream([5, 6, 7], 50, stop=())))
+    assert texts[0] == texts[1]
+    model = hub.load(folder, torch.float16, Compensation(16)).cuda()  # moved after its residuals were given
+    assert model(torch.tensor([[5]], device="cuda")).logits.isfinite().all()
+    assert model.cpu().float()(torch.tensor([[5]])).logits.isfinite().all()
+
+
+def test_an_8_bit_head_changes_little(tmp_path):
+    folder = quick_folder(original("llama"), tmp_path / "m")
+    rows = []
+    for bits in (16, 8):
+        decoder = Decoder(hub.load(folder, torch.float16), bits).cuda()
+        rows.append(logits_of_decoder(decoder))
+    assert 0 < (rows[0] - rows[1]).abs().mean() < 0.02 * rows[0].std()
+
+
+def test_what_a_gpu_cannot_do_is_refused(tmp_path):
+    folder = quick_folder(original("llama"), tmp_path / "m")
+    with pytest.raises(UserError, match="float16 or bfloat16"):
+        Runtime(folder, dtype=torch.float32)
+    with pytest.raises(UserError, match="not there"):
+        Runtime(folder, device="cuda:9")
+    runtime = Runtime(folder)
+    with pytest.raises(UserError, match="cache of"):
+        runtime.decoder.allocate(10**9)
+    with pytest.raises(UserError, match="context is 1024"):
+        next(runtime.stream([1] * 1000, 100))
