@@ -4,14 +4,15 @@ Both searches measure the error of a layer's output. Over the calibration tokens
 ``D`` the weight error and ``G = X X^T``, so one matrix a group of layers stands for all tokens and no search step runs a layer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from blocks import BlockRunner
+from blocks import BlockRunner, in_turn
 from groups import Group, find_groups, watch
 from scaling import scaled
 from uniform import fake_quantize, pack_uniform
@@ -55,6 +56,12 @@ def quantize_blocks(runner: BlockRunner, bits: Sequence[int], group_size: int,
 
     ``bits`` counts by block.
     """
+    yield from in_turn(_prepared(runner, bits, group_size, todo), len(runner.devices))
+
+
+def _prepared(runner: BlockRunner, bits: Sequence[int], group_size: int,
+              todo: set[int]) -> Iterator[Callable[[], tuple[int, dict[str, Tensor]]]]:
+    """For each block in ``todo``, once the calibration text went through it, what searches it."""
     hidden = runner.embed()
     for index in tqdm(range(max(todo) + 1), desc="AWQ", unit="block"):
         block = runner.copy_block(index)
@@ -63,17 +70,23 @@ def quantize_blocks(runner: BlockRunner, bits: Sequence[int], group_size: int,
         with watch(groups):
             hidden = [runner.call(index, block, state).to(runner.dtype) for state in hidden]
         if index in todo:
-            scaling: dict[str, Tensor] = {}
-            for group, producer in zip(groups, producers):
-                if producer is not None:
-                    scaling |= scale_group(group, producer, bits[index], group_size)
-            tensors = {}
-            for group in groups:
-                for name, module in group.linears.items():
-                    limit = None if name.endswith(UNCLIPPED) else search_clip(module.weight, group.gram, bits[index], group_size)
-                    tensors |= pack_uniform(name, module.weight, bits[index], group_size, limit)
-            # Layers of a group share one vector; a file does not hold shared tensors.
-            yield index, tensors | {name: vector.cpu().clone() for name, vector in scaling.items()}
+            yield partial(_search, index, groups, producers, bits[index], group_size)
+
+
+@torch.no_grad()
+def _search(index: int, groups: list[Group], producers: list[Producer | None], bits: int,
+            group_size: int) -> tuple[int, dict[str, Tensor]]:
+    scaling: dict[str, Tensor] = {}
+    for group, producer in zip(groups, producers):
+        if producer is not None:
+            scaling |= scale_group(group, producer, bits, group_size)
+    tensors = {}
+    for group in groups:
+        for name, module in group.linears.items():
+            limit = None if name.endswith(UNCLIPPED) else search_clip(module.weight, group.gram, bits, group_size)
+            tensors |= pack_uniform(name, module.weight, bits, group_size, limit)
+    # Layers of a group share one vector; a file does not hold shared tensors.
+    return index, tensors | {name: vector.cpu().clone() for name, vector in scaling.items()}
 
 
 def find_producer(runner: BlockRunner, index: int, block: nn.Module, group: Group, groups: list[Group],

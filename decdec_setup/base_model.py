@@ -5,6 +5,7 @@ A 70B model is larger than the memory that quantizing it should need. So the dec
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +14,14 @@ from torch import Tensor, nn
 from decdec.errors import UserError
 from decdec.files import read_json
 from decdec.models import compute_buffers, decoder_blocks, decoder_linears, load_model
+
+
+class _Stored(NamedTuple):
+    """A tensor of a safetensors file; ``dtype`` by its name there."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
 
 
 class BaseModel:
@@ -24,7 +33,7 @@ class BaseModel:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._files: dict[str, object] = {}
+        self._stored: dict[str, _Stored] = {}
         self._state: dict[str, Tensor] | None = None
         try:
             self._open()
@@ -67,7 +76,9 @@ class BaseModel:
         if self._state is not None:
             return self._state[name]
         try:
-            tensor = self._files[name].get_tensor(name)
+            # Opened each time: a file that stays open keeps every page that was read mapped, in the end the whole model.
+            with safe_open(self._stored[name].path, framework="pt") as file:
+                tensor = file.get_tensor(name)
         except SafetensorError as error:
             raise UserError(f"model: {self.folder}: {name} cannot be read ({error})") from None
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
@@ -91,14 +102,16 @@ class BaseModel:
         names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
         for name in names:
             if (self.folder / name).is_file() or index.is_file():
-                file = safe_open(self.folder / name, framework="pt")
-                self._files |= dict.fromkeys(file.keys(), file)
+                with safe_open(self.folder / name, framework="pt") as file:
+                    for key in file.keys():
+                        part = file.get_slice(key)
+                        self._stored[key] = _Stored(self.folder / name, tuple(part.get_shape()), part.get_dtype())
 
     def _skeleton(self) -> nn.Module:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(self.folder)
-        first = next((self._files[name].get_slice(name).get_dtype() for name in self._files), None)
+        first = next((stored.dtype for stored in self._stored.values()), None)
         stored = {"F16": torch.float16, "BF16": torch.bfloat16}.get(first, torch.float32)
         self._dtype = getattr(config, "dtype", None) or stored
         with torch.device("meta"):
@@ -107,10 +120,10 @@ class BaseModel:
     def _fits(self) -> bool:
         """Whether every tensor of the model is stored under its own name, tied ones once, and blocks compute no buffers."""
         self.model.tie_weights()
-        stored = {id(tensor) for name, tensor in self.model.state_dict(keep_vars=True).items() if name in self._files}
+        stored = {id(tensor) for name, tensor in self.model.state_dict(keep_vars=True).items() if name in self._stored}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
-            if name in self._files:
-                if tuple(self._files[name].get_slice(name).get_shape()) != tensor.shape:
+            if name in self._stored:
+                if self._stored[name].shape != tensor.shape:
                     return False
             elif id(tensor) not in stored:
                 return False
@@ -123,7 +136,7 @@ class BaseModel:
         compute_buffers(self.model)
         state = self.model.state_dict(keep_vars=True)
         for name, tensor in state.items():
-            if tensor.is_meta and name in self._files and not name.startswith(f"{prefix}."):
+            if tensor.is_meta and name in self._stored and not name.startswith(f"{prefix}."):
                 parent, _, leaf = name.rpartition(".")
                 owner = self.model.get_submodule(parent)
                 value = self.tensor(name)

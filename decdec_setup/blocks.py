@@ -6,13 +6,19 @@ where and as it is; the block at work is a float32 copy on the chosen device.
 
 import contextlib
 import copy
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from decdec.errors import UserError
 from decdec.models import decoder_blocks
+
+
+Result = TypeVar("Result")
 
 
 class _Reached(Exception):
@@ -23,12 +29,17 @@ class BlockRunner:
     """The decoder blocks of ``model`` and their inputs over ``samples`` (int64 ``(samples, length)``).
 
     Everything outside the blocks (embeddings, rotary tables, final norm, head) is moved to ``device`` in float32. The blocks
-    may be on the meta device if ``stored`` gives the tensors of block ``index`` by their names within it.
+    may be on the meta device if ``stored`` gives the tensors of block ``index`` by their names within it. ``device`` "cuda"
+    stands for every GPU that is visible: blocks are given to them in turn, and the first holds the rest.
     """
 
     def __init__(self, model: nn.Module, samples: Tensor, device: str | torch.device = "cpu",
                  stored: Callable[[int], dict[str, Tensor]] | None = None):
-        self.model, self.samples, self.device, self._stored = model, samples, torch.device(device), stored
+        self.model, self.samples, self._stored = model, samples, stored
+        device = torch.device(device)
+        every = device.type == "cuda" and device.index is None
+        self.devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if every else [device]
+        self.device = self.devices[0]
         self.prefix, self.blocks = decoder_blocks(model)
         # Hidden states wait in the precision the model itself was published in.
         self.dtype = next(self.blocks.parameters()).dtype
@@ -59,18 +70,19 @@ class BlockRunner:
         return hidden
 
     def copy_block(self, index: int) -> nn.Module:
-        """A float32 copy of one block on the device."""
-        block = copy.deepcopy(self.blocks[index])
+        """A float32 copy of one block, on the device whose turn it is."""
+        block, device = copy.deepcopy(self.blocks[index]), self.devices[index % len(self.devices)]
         if self._stored is not None:
             # Copied, since the caller works on the weights in place.
-            block.load_state_dict({name: tensor.to(self.device, torch.float32 if tensor.is_floating_point() else None, copy=True)
+            block.load_state_dict({name: tensor.to(device, torch.float32 if tensor.is_floating_point() else None, copy=True)
                                    for name, tensor in self._stored(index).items()}, assign=True)
-        return block.to(self.device, torch.float32)
+        return block.to(device, torch.float32)
 
     def call(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Output of block ``index`` (``block`` is it, or its copy) for one sample's hidden states, float32."""
-        args, kwargs = self._calls[index]
-        hidden = hidden.to(self.device, torch.float32)
+        """Output of block ``index`` (``block`` is it, or its copy) for one sample's hidden states, float32, on its device."""
+        device = next(block.parameters()).device
+        args, kwargs = self._calls[index] if device == self.device else _moved(self._calls[index], device)
+        hidden = hidden.to(device, torch.float32)
         output = block(*((hidden, *args[1:]) if args else ()), **(kwargs if args else kwargs | {"hidden_states": hidden}))
         output = output[0] if isinstance(output, tuple) else output
         if not bool(output.isfinite().all()):
@@ -114,6 +126,34 @@ class BlockRunner:
         finally:
             for block in self.blocks:
                 del block.forward
+
+
+def _moved(value, device: torch.device):
+    """``value`` with every tensor in its tuples, lists and dicts on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(part, device) for key, part in value.items()}
+    return type(value)(_moved(part, device) for part in value) if isinstance(value, (tuple, list)) else value
+
+
+def in_turn(jobs: Iterator[Callable[[], Result]], at_once: int) -> Iterator[Result]:
+    """The results of ``jobs`` in their order, ``at_once`` of them on threads while ``jobs`` prepares the next.
+
+    For jobs that keep ``at_once`` devices busy in turn: job ``i + at_once`` is prepared when job ``i`` is done.
+    """
+    if at_once == 1:
+        for job in jobs:
+            yield job()
+        return
+    with ThreadPoolExecutor(at_once) as pool:
+        pending: deque = deque()
+        for job in jobs:
+            pending.append(pool.submit(job))
+            if len(pending) == at_once:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def _hidden_of(args: tuple, kwargs: dict) -> Tensor:

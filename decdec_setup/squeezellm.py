@@ -5,22 +5,25 @@ dynamic programming finds the best split over that grid; Lloyd's iterations move
 interval come from prefix sums, so an iteration costs a binary search per border and not a pass over the row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from math import ceil, sqrt
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from decdec.errors import UserError
 from decdec.packing import pack_codebook, pack_codes
 
-from blocks import BlockRunner, block_linears
+from blocks import BlockRunner, block_linears, in_turn
 
 CELLS = 96  # cells of the coarse grid: rows with no more distinct places than this are solved exactly
 ROWS_AT_ONCE = 128  # keeps the cost table of a chunk, ROWS_AT_ONCE * CELLS**2 floats, in a CPU's cache
 ROWS_AT_ONCE_CUDA = 2048  # enough to fill a GPU; the table is 80 MB
 MAX_ITERATIONS = 200
+HIDDEN_BYTES = 4 << 30  # of block inputs that may wait for the gradients
 
 
 def quantize_blocks(runner: BlockRunner, bits: Sequence[int], todo: set[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -28,33 +31,59 @@ def quantize_blocks(runner: BlockRunner, bits: Sequence[int], todo: set[int]) ->
 
     ``bits`` counts by block.
     """
-    count = len(runner.blocks)
-    # In CPU memory, since all blocks' inputs wait for the way back.
-    hidden = [[state.cpu() for state in runner.embed()]]
-    with torch.no_grad():
-        for index in tqdm(range(count), desc="forward", unit="block"):
-            block = runner.copy_block(index)
-            hidden.append([runner.call(index, block, state).to(runner.dtype).cpu() for state in hidden[-1]])
-    gradients = [_loss_gradient(runner, state, sample) for state, sample in zip(hidden.pop(), runner.samples)]
+    yield from in_turn(_prepared(runner, bits, todo), len(runner.devices))
 
+
+def _prepared(runner: BlockRunner, bits: Sequence[int],
+              todo: set[int]) -> Iterator[Callable[[], tuple[int, dict[str, Tensor]]]]:
+    """For each block in ``todo``, once the gradients went through it, what finds its codebooks."""
+    count = len(runner.blocks)
+    states = [state.cpu() for state in runner.embed()]
+    stride = _stride(count, sum(state.nbytes for state in states))
+    kept = {0: states}  # inputs by block, in CPU memory: they wait for the way back
+    for index in tqdm(range(count), desc="forward", unit="block"):
+        states = _forward(runner, index, states)
+        if (index + 1) % stride == 0:
+            kept[index + 1] = states
+    gradients = [_loss_gradient(runner, state, sample) for state, sample in zip(states, runner.samples)]
+    kept.pop(count, None)
     for index in tqdm(range(count - 1, min(todo) - 1, -1), desc="backward and k-means", unit="block"):
+        if index not in kept:
+            for before in range(index - index % stride, index):
+                kept[before + 1] = _forward(runner, before, kept[before])
         block = runner.copy_block(index)
         linears = block_linears(runner, index, block)
         fisher = {name: torch.zeros_like(module.weight) for name, module in linears.items()}
         hooks = [module.register_forward_hook(_fisher_hook(fisher[name])) for name, module in linears.items()] \
             if index in todo else []
-        states = hidden.pop()
-        for i, gradient in enumerate(gradients):
-            state = states[i].to(runner.device, torch.float32).requires_grad_()
-            runner.call(index, block, state).backward(gradient)
+        for i, state in enumerate(kept.pop(index)):
+            state = state.to(runner.device, torch.float32).requires_grad_()
+            output = runner.call(index, block, state)
+            output.backward(gradients[i].to(output.device))
             gradients[i] = state.grad
         for hook in hooks:
             hook.remove()
         if index in todo:
-            tensors: dict[str, Tensor] = {}
-            for name, module in linears.items():
-                tensors |= pack_squeezed(name, module.weight, fisher[name], bits[index])
-            yield index, tensors
+            yield partial(_pack_block, index, linears, fisher, bits[index])
+
+
+@torch.no_grad()
+def _forward(runner: BlockRunner, index: int, states: list[Tensor]) -> list[Tensor]:
+    block = runner.copy_block(index)
+    return [runner.call(index, block, state).to(runner.dtype).cpu() for state in states]
+
+
+def _stride(count: int, size: int) -> int:
+    """Every which block's inputs of ``size`` bytes are kept; those between are computed again where all would be too much."""
+    return 1 if count * size <= HIDDEN_BYTES else ceil(sqrt(count))
+
+
+@torch.no_grad()
+def _pack_block(index: int, linears: dict[str, nn.Linear], fisher: dict[str, Tensor], bits: int) -> tuple[int, dict[str, Tensor]]:
+    tensors: dict[str, Tensor] = {}
+    for name, module in linears.items():
+        tensors |= pack_squeezed(name, module.weight, fisher[name], bits)
+    return index, tensors
 
 
 def _loss_gradient(runner: BlockRunner, hidden: Tensor, sample: Tensor) -> Tensor:
