@@ -104,12 +104,13 @@ class CompensatedLinear(nn.Module):
             if getattr(self, key) is not None:
                 setattr(self, key, getattr(self, key).to(self.device))
         if self.residual is not None and self.residual.device != self.device:
+            self.workspace = None
             if self.device.type == "cuda":
                 from decdec.placement import place_residuals  # which knows this class
 
                 place_residuals([self], self.residual_in)
             elif self.device.type == "cpu":
-                self.residual, self.workspace = self.residual.cpu(), None
+                self.residual = self.residual.cpu()
         return self
 
     def set_residual(self, residual: Tensor, scale: Tensor | None, bits: int, nested: bool) -> None:

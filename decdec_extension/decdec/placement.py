@@ -22,12 +22,13 @@ def place_residuals(layers: Iterable[CompensatedLinear], where: str = "host") ->
         raise UserError(f"residuals: expected one of {', '.join(PLACES)}, got {where!r}")
     groups: dict[torch.device, list[CompensatedLinear]] = defaultdict(list)
     for layer in layers:
-        if layer.residual is not None and layer.device.type == "cuda" and layer.residual.device != layer.device:
+        if layer.residual is not None and layer.device.type == "cuda" and layer.workspace is None:
             groups[layer.device].append(layer)
     for device, group in groups.items():
         from decdec import arena  # it needs the CUDA ops
 
-        rows = [layer.residual.cpu() for layer in group]
+        moved = [layer for layer in group if layer.residual.device != device]
+        rows = [layer.residual.cpu() for layer in moved]
         try:
             placed = arena.pin(rows, device) if where == "host" else [residual.to(device) for residual in rows]
             size = max(arena.workspace_bytes(layer.out_features, FEW_ROWS) for layer in group)
@@ -35,5 +36,7 @@ def place_residuals(layers: Iterable[CompensatedLinear], where: str = "host") ->
         except torch.OutOfMemoryError:
             raise UserError(f"residuals: {sum(r.nbytes for r in rows) / 1e9:.2f} GB do not fit the memory of {device}; "
                             "place them in host memory") from None
-        for layer, residual in zip(group, placed):
-            layer.residual, layer.workspace, layer.residual_in = residual, workspace, where
+        for layer, residual in zip(moved, placed):
+            layer.residual, layer.residual_in = residual, where
+        for layer in group:
+            layer.workspace = workspace
