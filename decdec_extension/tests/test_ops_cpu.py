@@ -67,7 +67,7 @@ def test_dequantize_is_exact(make_base, d_in, d_out, bits):
 
 
 @pytest.mark.parametrize("nested", (False, True))
-@pytest.mark.parametrize("bits", (1, 2, 4, 8, 16))
+@pytest.mark.parametrize("bits", (1, 2, 3, 4, 8, 16))
 def test_residual_dequantize_is_exact(make_residual, bits, nested):
     for d_in, d_out, groups in ((1, 1, 1), (6, 15, 3), (40, 17, 1), (64, 192, 4), (30, 577, 30)):
         residual = make_residual(d_in, d_out, bits, groups, nested)
@@ -129,7 +129,7 @@ def test_nan_and_inf_are_never_selected(boundaries):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("nested", (False, True))
-@pytest.mark.parametrize("bits", (1, 2, 4, 8, 16))
+@pytest.mark.parametrize("bits", (1, 2, 3, 4, 8, 16))
 def test_residual_gemv(make_residual, bits, nested, dtype):
     for d_in, d_out, k, groups in ((1, 1, 1, 1), (63, 15, 8, 1), (576, 192, 60, 9), (2500, 33, 300, 1), (8, 577, 0, 2)):
         residual = make_residual(d_in, d_out, bits, groups, nested)
@@ -156,7 +156,10 @@ CASES = [  # form, d_in, d_out, bits, group size, residual bits, residual groups
     ("codebook", 1536, 576, 3, None, 4, 1, False, 0, ()),
     ("codebook", 2500, 192, 4, None, 8, 1, False, 1, (3.5, 2.5)),
     ("codebook", 2500, 576, 3, None, 16, 1, False, 8, ()),
+    ("codebook", 576, 192, 3, None, 2, 1, True, 16, (3.5, 2.5)),
+    ("codebook", 1025, 200, 3, None, 3, 1, True, 16, ()),
     ("uniform", 64, 17, 3, 64, 4, 1, False, 8, ()),
+    ("uniform", 576, 131, 3, 64, 3, 9, True, 8, (3.5, 2.5)),
     ("uniform", 576, 192, 3, 64, 4, 9, True, 8, (3.5, 2.5)),
     ("uniform", 1024, 15, 4, 128, 1, 8, True, 1024, ()),
     ("uniform", 1536, 576, 2, 32, 2, 48, True, 64, (3.5, 2.5)),

@@ -28,8 +28,9 @@ constexpr int64_t kRowAlign = 16;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Bytes of one packed residual row.
+// Bytes of one packed residual row; a row of 3 bits is one of 2 bits and one of 1.
 constexpr int64_t residual_row_bytes(int64_t d_out, int64_t bits) {
+  if (bits == 3) return residual_row_bytes(d_out, 2) + residual_row_bytes(d_out, 1);
   return ceil_div(ceil_div(d_out * bits, 8), kRowAlign) * kRowAlign;
 }
 
@@ -167,8 +168,8 @@ inline void check_bias(const char* op, const std::optional<Tensor>& bias, int64_
 inline void check_residual(const char* op, const Tensor& residual, const std::optional<Tensor>& residual_scale,
                            int64_t residual_bits, int64_t d_in, int64_t d_out, const Tensor& like) {
   const int64_t bits = residual_bits;
-  if (bits != 1 && bits != 2 && bits != 4 && bits != 8 && bits != 16) {
-    fail(op, "residual_bits", "1, 2, 4, 8 or 16", bits);
+  if (bits != 1 && bits != 2 && bits != 3 && bits != 4 && bits != 8 && bits != 16) {
+    fail(op, "residual_bits", "1, 2, 3, 4, 8 or 16", bits);
   }
   if (d_out < 1) fail(op, "d_out", "at least 1", d_out);
   check_tensor(op, "residual", residual, ScalarType::Byte, {d_in, residual_row_bytes(d_out, bits)}, like);

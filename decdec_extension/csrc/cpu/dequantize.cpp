@@ -71,11 +71,9 @@ void dequantize_row(const Residual& r, int64_t input, ScalarType dtype, void* ou
       half_to_float(reinterpret_cast<const Half*>(row) + first, count, value);
     } else {
       half_to_float(r.scale + group * r.d_out + first, count, step);
-      for (int o = 0; o < outputs; ++o) {
-        const int code = row[(first + o) * bits / 8] >> (o * bits % 8) & ((1 << bits) - 1);
-        value[o] = static_cast<float>(code) - r.offset();
+      for (int o = 0; o < count; ++o) {
+        value[o] = (static_cast<float>(r.code(row, first + o)) - r.offset()) * (step[o] * r.step_factor());
       }
-      for (int o = 0; o < count; ++o) value[o] *= step[o] * r.step_factor();
     }
     store_floats(value, count, out, dtype, input * r.d_out + first);
   }
@@ -99,6 +97,7 @@ void dequantize_base(const BaseWeights& w, ScalarType dtype, void* out) {
 void dequantize_residual(const Residual& r, ScalarType dtype, void* out) {
   const auto row = r.bits == 1   ? dequantize_row<1>
                    : r.bits == 2 ? dequantize_row<2>
+                   : r.bits == 3 ? dequantize_row<3>
                    : r.bits == 4 ? dequantize_row<4>
                    : r.bits == 8 ? dequantize_row<8>
                                  : dequantize_row<16>;

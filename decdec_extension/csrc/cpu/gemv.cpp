@@ -31,6 +31,7 @@ BlockFunction block_function(int bits) {
   switch (bits) {
     case 1: return multiply_block<1>;
     case 2: return multiply_block<2>;
+    case 3: return multiply_block<3>;
     case 4: return multiply_block<4>;
     case 8: return multiply_block<8>;
     default: return multiply_block<16>;

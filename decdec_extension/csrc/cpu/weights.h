@@ -39,6 +39,15 @@ struct Residual {
   float offset() const { return static_cast<float>(1 << (bits - 1)) - (nested ? 0.5f : 0.0f); }
   // What the scale is multiplied with to give the step: a nested code divides the base grid's step.
   float step_factor() const { return nested ? 1.0f / static_cast<float>(1 << bits) : 1.0f; }
+  // At 3 bits a row holds the codes' high two bits in its first bytes, their low bits behind.
+  int64_t high_bytes() const { return (d_out * 2 + 127) / 128 * 16; }
+  // The unsigned code of one output in a row of 1 to 8 bits.
+  int code(const uint8_t* row, int64_t o) const {
+    const auto field = [o](const uint8_t* from, int width) {
+      return from[o * width / 8] >> (o * width % 8) & ((1 << width) - 1);
+    };
+    return bits == 3 ? 2 * field(row, 2) + field(row + high_bytes(), 1) : field(row, bits);
+  }
 };
 
 // The selected channels of every batch row, and the activations there.
