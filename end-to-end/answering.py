@@ -4,48 +4,39 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 
 import jinja2
-import torch
-from torch import Tensor
 
 from decdec import models
 from decdec.errors import UserError
-from decdec.linear import Compensation
-from generate import encode, load_decoder
-from generation import generate
+from generate import encode
+from runtime import Runtime
 from sampling import Sampling
 from streaming import TextStream
 
 
 class LanguageModel:
-    """A DecDEC folder or an original model, for one sequence at a time. Errors: UserError for what cannot be loaded or
-    encoded."""
+    """A runtime with its tokenizer, for one sequence at a time."""
 
-    def __init__(self, source: str, dtype: torch.dtype, compensation: Compensation):
-        self.tokenizer = models.load_tokenizer(source)
-        self.context = models.context_length(source)
-        self.decoder, self.ends = load_decoder(source, dtype, compensation)
+    def __init__(self, runtime: Runtime):
+        self.runtime, self.tokenizer = runtime, models.load_tokenizer(runtime.source)
 
     @property
-    def vocabulary(self) -> int:
-        """How many token ids the model knows."""
-        return self.decoder.embed.num_embeddings
+    def context(self) -> int:
+        return self.runtime.context
 
-    def encode(self, text: str) -> Tensor:
-        """Token ids int64 ``(T,)`` of a text."""
+    def encode(self, text: str) -> list[int]:
         return encode(self.tokenizer, text, chat=False)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> Tensor:
-        """Token ids int64 ``(T,)`` of ``{"role", "content"}`` messages in the model's chat template, up to where its
-        answer begins."""
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of ``{"role", "content"}`` messages in the model's chat template, up to where its answer begins."""
         if not self.tokenizer.chat_template:
             raise UserError("messages: this model has no chat template")
         try:
-            ids = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+            return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True,
+                                                      return_dict=True)["input_ids"]
         except jinja2.TemplateError as error:  # a template refuses roles, or their order, that it does not know
             raise UserError(f"messages: the model's chat template refuses them: {error}") from None
-        return torch.tensor(ids["input_ids"], dtype=torch.int64)
 
-    def answer(self, prompt: Tensor, max_new_tokens: int, sampling: Sampling = Sampling(),
+    def answer(self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling = Sampling(),
                stop: Sequence[str] = ()) -> "Answer":
         """The text that follows ``prompt``, of at most ``max_new_tokens`` tokens and as the context leaves room for."""
         if len(prompt) >= self.context:
@@ -61,7 +52,7 @@ class Answer:
     ``stop``, which is left out of the text) or ``"length"``.
     """
 
-    def __init__(self, model: LanguageModel, prompt: Tensor, max_new_tokens: int, sampling: Sampling,
+    def __init__(self, model: LanguageModel, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling,
                  stop: Sequence[str]):
         self._model, self._prompt, self._limit = model, prompt, max_new_tokens
         self._sampling, self._stop = sampling, stop
@@ -69,10 +60,9 @@ class Answer:
         self.finish_reason = "length"
 
     def __iter__(self) -> Iterator[str]:
-        text = TextStream(self._model.tokenizer, self._prompt.tolist())
+        text = TextStream(self._model.tokenizer, self._prompt)
         held = StopStrings(self._stop)
-        tokens = generate(self._model.decoder, self._prompt, self._limit, self._sampling, self._model.ends)
-        with closing(tokens):
+        with closing(self._model.runtime.stream(self._prompt, self._limit, self._sampling)) as tokens:
             for token in tokens:
                 self.new_tokens += 1
                 yield held.push(text.push(token))

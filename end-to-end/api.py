@@ -6,12 +6,10 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from torch import Tensor
 
 from answering import LanguageModel
 from api_answers import LAST_EVENT, ApiError, Form, event, usage
@@ -82,13 +80,12 @@ def build_app(model: LanguageModel, name: str, queue_limit: int = 64) -> FastAPI
             raise ApiError(404, f"model: expected {name!r}, the only one here, got {wanted[:200]!r}", "model",
                            "model_not_found")
 
-    def _ids(ids: list[int]) -> Tensor:
-        vocabulary = model.vocabulary
-        if not all(0 <= token < vocabulary for token in ids):
-            raise UserError(f"prompt: expected token ids below {vocabulary}")
-        return torch.tensor(ids, dtype=torch.int64)
+    def _ids(ids: list[int]) -> list[int]:
+        if not all(0 <= token < len(model.tokenizer) for token in ids):
+            raise UserError(f"prompt: expected token ids below {len(model.tokenizer)}")
+        return ids
 
-    async def _encoded(encode, content, param: str) -> Tensor:
+    async def _encoded(encode, content, param: str) -> list[int]:
         try:
             prompt = await asyncio.to_thread(encode, content)
         except UserError as error:
@@ -98,7 +95,7 @@ def build_app(model: LanguageModel, name: str, queue_limit: int = 64) -> FastAPI
                            "context_length_exceeded")
         return prompt
 
-    def _submit(body: Body, prompt: Tensor, limit: int) -> Job:
+    def _submit(body: Body, prompt: list[int], limit: int) -> Job:
         sampling = Sampling(1.0 if body.temperature is None else body.temperature, body.top_k or 0, body.top_p or 1.0,
                             random.getrandbits(63) if body.seed is None else body.seed)
         try:

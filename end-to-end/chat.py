@@ -12,12 +12,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor
-
 from answering import LanguageModel
 from decdec.errors import UserError, run
-from decdec.linear import Compensation
+from runtime_arguments import add_runtime_arguments, make_runtime
 from sampling import Sampling
 
 
@@ -29,7 +26,7 @@ class Conversation:
         self._system = [{"role": "system", "content": system}] if system else []
         self.turns: list[dict[str, str]] = []
 
-    def ask(self, text: str) -> tuple[Tensor, int]:
+    def ask(self, text: str) -> tuple[list[int], int]:
         """The prompt after one more turn of the user, and how many of the oldest turns were forgotten for it.
 
         Raises UserError, and takes nothing, if the turn alone is too long.
@@ -97,7 +94,7 @@ def chat(conversation: Conversation, sampling: Sampling, max_new_tokens: int) ->
             conversation.answered(say(conversation.model, prompt, drawn, max_new_tokens))
 
 
-def say(model: LanguageModel, prompt: Tensor, sampling: Sampling, max_new_tokens: int) -> str:
+def say(model: LanguageModel, prompt: list[int], sampling: Sampling, max_new_tokens: int) -> str:
     """Print the answer as it comes; returns as much of it as there was before it ended or Ctrl-C came."""
     said = []
     with interrupts() as stopped:
@@ -113,20 +110,14 @@ def say(model: LanguageModel, prompt: Tensor, sampling: Sampling, max_new_tokens
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="DecDEC folder, or an original model's folder or hub id")
+    add_runtime_arguments(parser)
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the first turn")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (default 256)")
-    parser.add_argument("--k-chunk", type=int, default=0, metavar="K",
-                        help="channels compensated in every 1024-wide chunk, 0..1024 (default 0: the base model)")
-    parser.add_argument("--selection", default="bucket", choices=("bucket", "exact"),
-                        help="how channels are chosen (default bucket, the paper's)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default 0)")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest (default: all)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
                         help="sample from the likeliest P of the probability mass (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"),
-                        help="of activations and unquantized weights (default float32)")
     return parser.parse_args()
 
 
@@ -135,8 +126,7 @@ def main() -> None:
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: expected a positive number, got {arguments.max_new_tokens}")
-    model = LanguageModel(arguments.model, getattr(torch, arguments.dtype),
-                          Compensation(arguments.k_chunk, arguments.selection))
+    model = LanguageModel(make_runtime(arguments))
     if not model.tokenizer.chat_template:
         raise UserError(f"--model: {arguments.model} has no chat template; use generate.py")
     print("/reset forgets the conversation, /quit ends it, Ctrl-C stops an answer", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Serve a DecDEC folder (or an original model) through the OpenAI routes: chats, completions, models, health.
 
-One sequence is decoded at a time; further requests wait in a queue. The decoder is the one of generate.py.
+One sequence is decoded at a time; further requests wait in a queue. The runtime is that of generate.py.
 """
 
 import argparse
@@ -8,13 +8,12 @@ import socket
 import sys
 from pathlib import Path
 
-import torch
 import uvicorn
 
 from answering import LanguageModel
 from api import build_app
 from decdec.errors import UserError, run
-from decdec.linear import Compensation
+from runtime_arguments import add_runtime_arguments, make_runtime
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -24,6 +23,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        listener.listen()
     except (OSError, OverflowError) as error:
         raise UserError(f"--host, --port: cannot listen on {host}:{port}: {error}") from None
     return listener
@@ -31,17 +31,11 @@ def bind(host: str, port: int) -> socket.socket:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="DecDEC folder, or an original model's folder or hub id")
+    add_runtime_arguments(parser)
     parser.add_argument("--name", help="what requests call the model (default: the folder's own name)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="default 8000; 0 takes a free one")
     parser.add_argument("--queue", type=int, default=64, metavar="N", help="requests that may wait (default 64)")
-    parser.add_argument("--k-chunk", type=int, default=0, metavar="K",
-                        help="channels compensated in every 1024-wide chunk, 0..1024 (default 0: the base model)")
-    parser.add_argument("--selection", default="bucket", choices=("bucket", "exact"),
-                        help="how channels are chosen (default bucket, the paper's)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"),
-                        help="of activations and unquantized weights (default float32)")
     return parser.parse_args()
 
 
@@ -50,8 +44,7 @@ def main() -> None:
     if arguments.queue < 1:
         raise UserError(f"--queue: expected a positive number, got {arguments.queue}")
     listener = bind(arguments.host, arguments.port)
-    model = LanguageModel(arguments.model, getattr(torch, arguments.dtype),
-                          Compensation(arguments.k_chunk, arguments.selection))
+    model = LanguageModel(make_runtime(arguments))
     name = arguments.name or Path(arguments.model).resolve().name
     host, port = listener.getsockname()[:2]
     print(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)

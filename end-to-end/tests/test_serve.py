@@ -1,6 +1,5 @@
 """The server as the official client sees it: answers, streams, errors, many clients at once."""
 
-import asyncio
 import json
 import socket
 import threading
@@ -10,7 +9,6 @@ from pathlib import Path
 import openai
 import pytest
 import requests
-import torch
 import uvicorn
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -20,7 +18,7 @@ from decdec.errors import UserError
 from decdec.linear import Compensation
 from decdec.testing import quick_folder, run_script
 from decdec.tiny import make_model
-from engine import Busy, Engine
+from runtime import Runtime
 from serve import bind, main
 
 ROOM = Path(__file__).parents[1]
@@ -37,7 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return LanguageModel(str(folder), torch.float32, Compensation(8))
+    return LanguageModel(Runtime(folder, Compensation(8), "cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -169,25 +167,6 @@ class Slow:
             self.new_tokens += 1
             time.sleep(0.005)
             yield "x"
-
-
-def test_who_goes_away_frees_the_engine_and_failures_end_only_their_own_request():
-    async def scene():
-        engine, answers = Engine(limit=3), [Slow() for _ in range(3)]
-        first, second = engine.submit(lambda: answers[0]), engine.submit(lambda: answers[1])
-        pieces = first.pieces()
-        assert await anext(pieces) == "x"
-        third = engine.submit(lambda: 1 / 0)
-        engine.submit(lambda: answers[2])
-        with pytest.raises(Busy, match="3 requests are waiting"):
-            engine.submit(lambda: answers[2])
-        second.cancel()  # before its turn
-        first.cancel()  # midway
-        with pytest.raises(ZeroDivisionError):
-            [piece async for piece in third.pieces()]
-        assert 0 < answers[0].new_tokens < 1000 and answers[1].new_tokens == 0 and engine.alive
-
-    asyncio.run(scene())
 
 
 def test_a_client_that_hangs_up_frees_the_engine(client, url, model, monkeypatch):
