@@ -108,8 +108,7 @@ def main() -> None:
                         continue
                     seconds = round(time.monotonic() - start, 1)
                     known = [row | entry | {"seconds": seconds} for entry in values(results, name)]
-                    for measured in known:
-                        rows.append(measured)
+                    rows.append(*known)
                 for measured in known:
                     print(f"{name}, {row['method']} {row['bits']} bits, {setting.selection}, k_chunk {setting.k_chunk}: "
                           f"{measured['metric']} {measured['value']:.4f} +- {measured['stderr'] or 0:.4f} ({measured['n']} examples)")

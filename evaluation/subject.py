@@ -134,6 +134,7 @@ class Rows:
     def find(self, row: dict) -> dict | None:
         return self.known.get(self._of(row))
 
-    def append(self, row: dict) -> None:
-        append_row(self.path, row)
-        self.known[self._of(row)] = row
+    def append(self, *rows: dict) -> None:
+        """Write rows that belong together: all of them or, if interrupted, none."""
+        append_row(self.path, *rows)
+        self.known |= {self._of(row): row for row in rows}

@@ -60,12 +60,12 @@ def read_json(path: str | Path) -> dict:
         raise UserError(f"{path}: expected JSON, got {error}") from None
 
 
-def append_row(path: str | Path, row: dict) -> None:
-    """Append one result as a JSON line, in a single write so that an interrupt cannot cut it."""
+def append_row(path: str | Path, *rows: dict) -> None:
+    """Append results as JSON lines, in a single write so that an interrupt cannot cut or part them."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as file:
-        file.write((json.dumps(row) + "\n").encode())
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def read_rows(path: str | Path) -> list[dict]:

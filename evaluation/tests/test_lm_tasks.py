@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,30 @@ def test_every_local_task_runs_once(folder, data, tmp_path):
     assert {row["compensated"] for row in rows if row["k_chunk"] and not row["task"].startswith("bbh")} == {"every position"}
     assert run_tasks(folder, data, out, *arguments).returncode == 0
     assert read_rows(out) == rows
+
+
+def test_rows_say_when_prompts_were_compensated(folder, data, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    for extra in ((), ("--compensate-prompt",)):
+        result = run_tasks(folder, data, out, "--tasks", "bbh_cot_fewshot_navigate", "--k-chunk", 0, 16, "--max-gen-toks", 2, *extra)
+        assert result.returncode == 0, result.stderr
+    assert [row["compensated"] for row in read_rows(out)] == ["none", "generated tokens", "every position"]
+
+
+def test_two_processes_measure_what_one_does(folder, tmp_path):
+    lines = [{"query": f"Question: What is {n} and 1?\n", "choices": [str(n), str(n + 1)], "gold": n % 2} for n in range(5)]
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa/piqa.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = []
+    for launch in ((), ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")):
+        out = tmp_path / f"rows{len(rows)}.jsonl"
+        command = [sys.executable, *launch, EVALUATION / "lm_tasks.py", "--model", folder, "--data", tmp_path, "--tasks", "piqa",
+                   "--k-chunk", "0", "16", "--out", out]
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        rows.append([{key: value for key, value in row.items() if key != "seconds"} for row in read_rows(out)])
+    assert len(rows[0]) == 4 and {row["n"] for row in rows[0]} == {5}
+    assert rows[1] == rows[0]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -1,4 +1,7 @@
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +51,21 @@ def test_a_setting_is_measured_once(folder, tmp_path):
     again = rows_of(out, folder, "--k-chunk", 0, 8, 16)
     assert [row["k_chunk"] for row in again] == [0, 8, 16]
     assert again[:2] == first
+
+
+def test_killed_at_any_time_it_goes_on_where_it_was(folder, tmp_path):
+    """Killed when its first row is there, and again later: nothing is lost, nothing is there twice, nothing differs."""
+    out, arguments = tmp_path / "rows.jsonl", ("--k-chunk", *range(0, 40, 4))
+    command = [sys.executable, ROOT / "evaluation/perplexity.py", "--model", folder, "--out", out, *SHORT, *arguments]
+    for rows in (1, 3):
+        with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and len(read_rows(out)) < rows:
+                time.sleep(0.002)
+            process.kill()
+    assert 3 <= len(read_rows(out)) < 10
+    assert len(rows_of(out, folder, *arguments)) == 10
+    for killed, whole in zip(read_rows(out), rows_of(tmp_path / "whole.jsonl", folder, *arguments), strict=True):
+        assert killed | {"seconds": 0} == whole | {"seconds": 0}
 
 
 def test_selections_differ_and_say_so(folder, tmp_path):
