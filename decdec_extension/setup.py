@@ -153,12 +153,12 @@ class NinjaBuild(build_ext):
             raise SystemExit(f"decdec: ninja ended with status {status}; the compiler's message is above")
 
 
-if platform.system() != "Linux":
-    raise SystemExit(f"decdec: builds on Linux, not on {platform.system()}")
-
-setup(
-    packages=find_packages(include=["decdec", "decdec.*"]),
-    ext_modules=[Extension("decdec._ops", sources=[], py_limited_api=True)],
-    cmdclass={"build_ext": NinjaBuild},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+if __name__ == "__main__":
+    if platform.system() != "Linux":
+        raise SystemExit(f"decdec: builds on Linux, not on {platform.system()}")
+    setup(
+        packages=find_packages(include=["decdec", "decdec.*"]),
+        ext_modules=[Extension("decdec._ops", sources=[], py_limited_api=True)],
+        cmdclass={"build_ext": NinjaBuild},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )
