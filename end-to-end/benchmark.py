@@ -1,12 +1,23 @@
 """Time of decoding: warm-up, runs, their median and spread, and what the GPU's memory delivered."""
 
+import argparse
+import json
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
+import decdec
 from decdec import hub
+from decdec.artifacts import FORMATS
+from decdec.errors import UserError
+from decdec.files import append_row
+from decdec.sizes import NAMED
+from random_model import give_residuals, random_decoder
+from runtime import check_device, default_device, default_dtype, describe
+from runtime_arguments import compensation_of, make_runtime
 from sampling import Sampling
 from stepper import Stepper
 
@@ -62,3 +73,92 @@ def measure(stepper: Stepper, prompt_tokens: int, new_tokens: int, runs: int, wa
     return Measured(tuple(times[warm_up:]), statistics.median(prefill_times[warm_up:]),
                     memory["device_bytes"] - (0 if tied else embedding.nbytes),
                     torch.cuda.max_memory_allocated(device) if stepper.on_gpu else 0, memory["host_bytes"])
+
+
+def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("measuring")
+    group.add_argument("--benchmark", action="store_true", help="measure decoding: warm-up, runs, median, spread")
+    group.add_argument("--profile", action="store_true", help="one token's time by kernel")
+    group.add_argument("--random-weights", choices=tuple(NAMED), help="a known model's shapes instead of --model")
+    group.add_argument("--bits", type=float, default=3, help="of random weights: 2 to 4, or 3.5 (default 3)")
+    group.add_argument("--format", default="codebook", choices=FORMATS, help="of random weights (default codebook)")
+    group.add_argument("--prompt-tokens", type=int, default=16, metavar="N", help="of the random prompt (default 16)")
+    group.add_argument("--runs", "--num_samples", type=int, default=10, metavar="N", help="default 10")
+    group.add_argument("--sweep", type=int, nargs="+", metavar="K", help="these k_chunk one after the other")
+    group.add_argument("--out", metavar="ROWS.jsonl", help="append a row for every setting")
+
+
+def run_benchmark(arguments: argparse.Namespace, sampling: Sampling) -> None:
+    """Measure what the arguments ask for; rows go to stdout, and to ``--out``."""
+    for name in ("runs", "prompt_tokens"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: expected a positive number, got {getattr(arguments, name)}")
+    swept = [argparse.Namespace(**vars(arguments) | {"k_chunk": [k_chunk]}) for k_chunk in arguments.sweep or ()]
+    settings = [compensation_of(one) for one in swept or [arguments]]
+    stepper, what = _random(arguments) if arguments.random_weights else _of_model(arguments)
+    for setting in settings:
+        if arguments.sweep or arguments.random_weights:
+            hub.set_compensation(stepper.decoder, setting, arguments.residuals)
+            stepper.settings_changed()
+        if arguments.benchmark:
+            measured = measure(stepper, arguments.prompt_tokens, arguments.max_new_tokens or 200, arguments.runs,
+                               sampling=sampling)
+            row = what | describe(stepper.decoder) | {"sampling": asdict(sampling)} | measured.row() | {
+                "prompt_tokens": arguments.prompt_tokens, "new_tokens": arguments.max_new_tokens or 200,
+                "torch": torch.__version__, "decdec": decdec.__version__}
+            print(json.dumps(row), flush=True)
+            if arguments.out:
+                append_row(arguments.out, row)
+        if arguments.profile:
+            print(profile(stepper, arguments.prompt_tokens, sampling), flush=True)
+
+
+def _random(arguments: argparse.Namespace) -> tuple[Stepper, dict]:
+    if arguments.model:
+        raise UserError("--random-weights: instead of --model, not with it")
+    device = torch.device(arguments.device or default_device())
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else default_dtype(device)
+    check_device(device, dtype)
+    decoder = random_decoder(arguments.random_weights, arguments.bits, arguments.format, dtype, device,
+                             arguments.head_bits)
+    if max(arguments.sweep or arguments.k_chunk or [0]):
+        give_residuals(decoder, arguments.residuals)
+    return Stepper(decoder), {"bench": "decode", "shapes": arguments.random_weights,
+                              "method": f"random {arguments.format}", "bits": arguments.bits}
+
+
+def _of_model(arguments: argparse.Namespace) -> tuple[Stepper, dict]:
+    if arguments.model is None:
+        raise UserError("--model: expected a model to measure, or --random-weights")
+    runtime = make_runtime(arguments)
+    what = {"bench": "decode", "shapes": Path(arguments.model).resolve().name, "method": "original", "bits": 16}
+    if runtime.quantized:
+        bits = {layer.bits for layer in hub.compensated_layers(runtime.decoder).values()}
+        what |= {"method": runtime.decoder.decdec.quant.method, "bits": sum(bits) / len(bits)}
+    return runtime.stepper, what
+
+
+def profile(stepper: Stepper, prompt_tokens: int, sampling: Sampling, tokens: int = 8) -> str:
+    """A table of one token's kernels (on the CPU: operators): count, microseconds each and together, share.
+
+    A kernel that starts early, while the one ahead of it ends, is counted from its start, so that the sum may exceed
+    the time of a token, which the last line tells.
+    """
+    from torch.profiler import ProfilerActivity
+
+    kind = ProfilerActivity.CUDA if stepper.on_gpu else ProfilerActivity.CPU
+    measured = measure(stepper, prompt_tokens, 64, 3, sampling=sampling)
+    with torch.profiler.profile(activities=[kind]) as seen:
+        for _ in range(tokens):
+            stepper.advance()
+        if stepper.on_gpu:
+            torch.cuda.synchronize()
+    times = {event.key: (event.count, event.self_device_time_total if stepper.on_gpu else event.self_cpu_time_total)
+             for event in seen.key_averages()}
+    total = sum(us for _, us in times.values())
+    lines = [f"{'us a token':>10} {'share':>6} {'count':>6} {'us each':>8}  kernel"]
+    for name, (count, us) in sorted(times.items(), key=lambda item: -item[1][1]):
+        if us:
+            lines.append(f"{us / tokens:10.1f} {us / total:6.1%} {count / tokens:6.1f} {us / count:8.2f}  {name[:100]}")
+    lines.append(f"{total / tokens:10.1f}  in all; a token takes {1e3 * measured.ms_per_token:.1f} us")
+    return "\n".join(lines)

@@ -1,7 +1,8 @@
 """Generate text with a DecDEC folder (or an original model): prefill, compensated decoding, streamed to stdout.
 
-The prompt comes from --prompt, --prompt-file or stdin. Tokens per second go to stderr; --json prints one line with
-everything instead of the text. Greedy unless --temperature is above 0.
+The prompt comes from --prompt, --prompt-file, --prompts (one a line) or stdin. Tokens per second go to stderr; --json
+prints one line with everything instead of the text. Greedy unless --temperature is above 0. --benchmark measures
+decoding instead, --profile says where a token's time goes; with --random-weights both need no model.
 """
 
 import argparse
@@ -11,57 +12,56 @@ from pathlib import Path
 
 import torch
 
+from benchmark import add_benchmark_arguments, run_benchmark
 from decdec import models
 from decdec.errors import UserError, run
-from decdec.linear import Compensation
-from decdec.placement import PLACES
-from runtime import DTYPES, Runtime
+from runtime import Runtime
+from runtime_arguments import add_runtime_arguments, compensation_of, make_runtime
 from sampling import Sampling
 from streaming import TextStream
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="DecDEC folder, or an original model's folder or hub id")
+    add_runtime_arguments(parser, model_required=False)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", help="the prompt (default: read from stdin)")
     prompt.add_argument("--prompt-file", metavar="FILE", help="file that holds the prompt, UTF-8")
+    prompt.add_argument("--prompts", metavar="FILE", help="file with a prompt on every line, answered one by one")
     parser.add_argument("--chat", action="store_true", help="make the prompt a user's turn in the chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
-    parser.add_argument("--k-chunk", type=int, default=0, metavar="K",
-                        help="channels compensated in every 1024-wide chunk, 0..1024 (default 0: the base model)")
-    parser.add_argument("--selection", default="bucket", choices=("bucket", "exact"),
-                        help="how channels are chosen (default bucket, the paper's)")
-    parser.add_argument("--compensate-prefill", action="store_true", help="compensate the prompt's positions too")
+    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, metavar="N",
+                        help="default 128, of a benchmark 200")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default 0)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest (default: all)")
+    parser.add_argument("--top-k", "--top_k", type=int, default=0, metavar="K",
+                        help="sample from the K likeliest (default: all)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
                         help="sample from the likeliest P of the probability mass (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
-    parser.add_argument("--dtype", choices=DTYPES,
-                        help="of activations and unquantized weights (default float16 on a GPU, float32 on the CPU)")
-    parser.add_argument("--head-bits", type=int, default=16, choices=(8, 16),
-                        help="8 rounds the output head to 8 bits (default 16: as it is)")
-    parser.add_argument("--residuals", default="host", choices=PLACES,
-                        help="where a GPU reads the residuals: pinned host memory or its own (default host)")
-    parser.add_argument("--json", action="store_true", help="print one JSON line instead of the text")
+    parser.add_argument("--json", action="store_true", help="print one JSON line a prompt instead of the text")
+    add_benchmark_arguments(parser)
     return parser.parse_args()
 
 
-def read_prompt(arguments: argparse.Namespace) -> str:
+def read_prompts(arguments: argparse.Namespace) -> list[str]:
     if arguments.prompt is not None:
-        return arguments.prompt
+        return [arguments.prompt]
+    path = arguments.prompts or arguments.prompt_file
     try:
-        if arguments.prompt_file:
-            return Path(arguments.prompt_file).read_text(encoding="utf-8")
-        if sys.stdin.isatty():
-            print("reading the prompt from stdin; end it with Ctrl-D", file=sys.stderr)
-        return sys.stdin.buffer.read().decode()
+        if path:
+            text = Path(path).read_text(encoding="utf-8")
+        else:
+            if sys.stdin.isatty():
+                print("reading the prompt from stdin; end it with Ctrl-D", file=sys.stderr)
+            text = sys.stdin.buffer.read().decode()
     except UnicodeDecodeError:
-        raise UserError(f"prompt: expected UTF-8 text in {arguments.prompt_file or 'stdin'}") from None
+        raise UserError(f"prompt: expected UTF-8 text in {path or 'stdin'}") from None
     except OSError as error:
-        raise UserError(f"--prompt-file: {arguments.prompt_file}: {error.strerror}") from None
+        raise UserError(f"{'--prompts' if arguments.prompts else '--prompt-file'}: {path}: {error.strerror}") from None
+    if not arguments.prompts:
+        return [text]
+    if prompts := [line for line in text.splitlines() if line.strip()]:
+        return prompts
+    raise UserError(f"--prompts: {path}: expected a prompt on every line, got none")
 
 
 def encode(tokenizer, prompt: str, chat: bool) -> list[int]:
@@ -80,23 +80,9 @@ def encode(tokenizer, prompt: str, chat: bool) -> list[int]:
     return ids
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    compensation = Compensation(arguments.k_chunk, arguments.selection, arguments.compensate_prefill)
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    if arguments.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens: expected a positive number, got {arguments.max_new_tokens}")
-    tokenizer = models.load_tokenizer(arguments.model)
-    context = models.context_length(arguments.model)
-    prompt = encode(tokenizer, read_prompt(arguments), arguments.chat)
-    if len(prompt) >= context:
-        raise UserError(f"prompt: {len(prompt)} tokens, but the model's context is {context}")
-    max_new_tokens = min(arguments.max_new_tokens, context - len(prompt))
-    if max_new_tokens < arguments.max_new_tokens:
-        print(f"only {max_new_tokens} new tokens fit the context of {context}", file=sys.stderr)
-
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    runtime = Runtime(arguments.model, compensation, arguments.device, dtype, arguments.head_bits, arguments.residuals)
+def answer(runtime: Runtime, tokenizer, prompt: list[int], most: int, arguments: argparse.Namespace,
+           sampling: Sampling) -> None:
+    """Stream the text after one prompt, or print its JSON line."""
     tokens, text, stream = [], [], TextStream(tokenizer, prompt)
 
     def show(piece: str, end: str = "") -> None:
@@ -104,7 +90,7 @@ def main() -> None:
         if not arguments.json:
             print(piece, end=end, flush=True)
 
-    for token in runtime.stream(prompt, max_new_tokens, sampling):
+    for token in runtime.stream(prompt, most, sampling):
         tokens.append(token)
         show(stream.push(token))
     show(stream.flush(), end="\n")
@@ -113,18 +99,41 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({
             "model": arguments.model, "prompt_tokens": len(prompt), "new_tokens": len(tokens), "text": "".join(text),
-            "stopped": len(tokens) < max_new_tokens, "k_chunk": arguments.k_chunk,
-            "selection": arguments.selection if arguments.k_chunk else "none",
-            "compensate_prefill": arguments.compensate_prefill, "temperature": arguments.temperature,
+            "stopped": len(tokens) < most, **runtime.settings(), "temperature": arguments.temperature,
             "top_k": arguments.top_k, "top_p": arguments.top_p, "seed": arguments.seed,
-            "dtype": str(runtime.dtype).removeprefix("torch."), "device": str(runtime.device),
-            "head_bits": arguments.head_bits, "threads": torch.get_num_threads(),
+            "threads": torch.get_num_threads(),
             "prefill_tokens_per_s": round(timing.prefill_tokens_per_s, 2),
-            "decode_tokens_per_s": round(timing.decode_tokens_per_s, 2), **memory}))
+            "decode_tokens_per_s": round(timing.decode_tokens_per_s, 2), **memory}), flush=True)
     else:
         print(f"prefill {len(prompt)} tokens, {timing.prefill_tokens_per_s:.1f} tokens/s; decode {timing.steps} steps, "
               f"{timing.decode_tokens_per_s:.1f} tokens/s; device {memory['device_bytes'] / 1e6:.0f} MB, "
               f"host {memory['host_bytes'] / 1e6:.0f} MB", file=sys.stderr)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    compensation_of(arguments)  # what is wrong with it is said before anything is loaded
+    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens: expected a positive number, got {arguments.max_new_tokens}")
+    if arguments.benchmark or arguments.profile or arguments.random_weights:
+        run_benchmark(arguments, sampling)
+        return
+    if arguments.model is None:
+        raise UserError("--model: expected a DecDEC folder, or an original model's folder or hub id")
+    tokenizer = models.load_tokenizer(arguments.model)
+    context = models.context_length(arguments.model)
+    prompts = [encode(tokenizer, prompt, arguments.chat) for prompt in read_prompts(arguments)]
+    wanted = arguments.max_new_tokens or 128
+    for prompt in prompts:
+        if len(prompt) >= context:
+            raise UserError(f"prompt: {len(prompt)} tokens, but the model's context is {context}")
+    runtime = make_runtime(arguments)
+    for prompt in prompts:
+        most = min(wanted, context - len(prompt))
+        if most < wanted:
+            print(f"only {most} new tokens fit the context of {context}", file=sys.stderr)
+        answer(runtime, tokenizer, prompt, most, arguments, sampling)
 
 
 if __name__ == "__main__":

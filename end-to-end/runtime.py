@@ -7,6 +7,7 @@
 One sequence at a time: a stream must be finished or closed before the next begins.
 """
 
+import platform
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from decdec import hub, models
 from decdec.errors import UserError
 from decdec.files import read_json
 from decdec.linear import Compensation
-from decdec.plan import PLAN, load_plan, this_device
+from decdec.models import KINDS
+from decdec.plan import Plan, apply
 from decoder import Decoder
 from generation import Timing, generate
 from sampling import Sampling
@@ -64,6 +66,12 @@ class Runtime:
             hub.set_compensation(self.decoder, compensation, residuals)
         self.stepper.settings_changed()
 
+    def follow(self, plan: Plan, target_percent: float | None = None, prefill: bool = False,
+               residuals: str = "host") -> None:
+        """Compensate as the autotuner's ``plan`` says for a target, by default its first; between two streams."""
+        apply(plan, self.decoder, target_percent, prefill, residuals)
+        self.stepper.settings_changed()
+
     @property
     def quantized(self) -> bool:
         """Whether the source is a DecDEC folder, which can be compensated."""
@@ -86,9 +94,32 @@ class Runtime:
         ids = torch.as_tensor(prompt, dtype=torch.int64)
         return generate(self.stepper, ids, max_new_tokens, sampling, self.stop if stop is None else stop, self.timing)
 
+    def settings(self) -> dict[str, object]:
+        """What a result row says of how the model is run."""
+        return describe(self.decoder)
+
     def memory(self) -> dict[str, int]:
         """Bytes of weights on the device and of residuals in host memory (:func:`decdec.hub.memory`)."""
         return hub.memory(self.decoder)
+
+
+def describe(decoder: Decoder) -> dict[str, object]:
+    """Compensation, bits and device of ``decoder``; numbers by kind of layer where the kinds differ."""
+    layers = hub.compensated_layers(decoder).values()
+
+    def of_kinds(name: str, unused: object) -> object:
+        found = {kind: {getattr(layer.compensation, name) for layer in layers if layer.kind == kind} for kind in KINDS}
+        values = [sorted(found[kind]) or [unused] for kind in KINDS]
+        values = [value[0] if len(value) == 1 else value for value in values]
+        return values[0] if all(value == values[0] for value in values) else values
+
+    used = [layer.compensation for layer in layers if layer.compensation.k_chunk]
+    weight = decoder.embed.weight
+    return {"k_chunk": of_kinds("k_chunk", 0), "n_tb": of_kinds("n_tb", None) if used else None,
+            "selection": used[0].selection if used else "none", "compensate_prefill": any(s.prefill for s in used),
+            "residuals": next((layer.residual_in for layer in layers if layer.compensation.k_chunk), None),
+            "head_bits": decoder.head.bits, "dtype": str(weight.dtype).removeprefix("torch."),
+            "device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else f"cpu {platform.machine()}"}
 
 
 def default_device() -> str:
@@ -120,11 +151,17 @@ def load(source: str, dtype: torch.dtype, compensation: Compensation | dict | st
     folder = Path(source)
     if folder.is_dir() and "quantization_config" in read_json(folder / "config.json"):
         model = hub.load(folder, dtype)
-    elif isinstance(compensation, Compensation) and not compensation.k_chunk:
-        model = models.load_model(source, dtype)
-    else:
+    elif _compensates(compensation):
         raise UserError(f"k_chunk: {source} is not a DecDEC folder, only 0 can be run")
+    else:
+        model = models.load_model(source, dtype)
     stop = set()
     for ends in (model.config.eos_token_id, model.generation_config.eos_token_id):
         stop |= set(ends) if isinstance(ends, list) else {ends} - {None}
     return model, stop
+
+
+def _compensates(compensation: Compensation | dict | str) -> bool:
+    if isinstance(compensation, dict):
+        return any(map(_compensates, compensation.values()))
+    return not isinstance(compensation, Compensation) or compensation.k_chunk > 0

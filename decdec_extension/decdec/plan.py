@@ -128,14 +128,18 @@ def load_plan(path: str | Path, quant: QuantConfig | None = None, device: Device
     return plan
 
 
-def apply(plan: Plan, model: nn.Module, target_percent: float | None = None, prefill: bool = False) -> None:
-    """Compensate every layer of ``model`` (anything :mod:`decdec.hub` serves) as chosen for its kind and bit width."""
+def apply(plan: Plan, model: nn.Module, target_percent: float | None = None, prefill: bool = False,
+          residuals: str = "host") -> None:
+    """Compensate every layer of ``model`` (anything :mod:`decdec.hub` serves) as chosen for its kind and bit width.
+
+    ``residuals``: where those of layers on a GPU lie (:mod:`decdec.placement`).
+    """
     from decdec import hub  # here, so that hub may use plans
     from decdec.linear import Compensation
 
     tuned = plan.at(target_percent)
     highest = max(choice.k_chunk for choice in tuned.choices)
-    hub.set_compensation(model, Compensation(highest, plan.selection, prefill))  # loads what every layer needs
+    hub.set_compensation(model, Compensation(highest, plan.selection, prefill), residuals)  # loads what every layer needs
     for layer in hub.compensated_layers(model).values():
         choice = tuned.choice(layer.kind, layer.bits, block_of(layer.name))
         layer.compensate(Compensation(choice.k_chunk, plan.selection, prefill, choice.n_tb))
