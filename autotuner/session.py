@@ -17,6 +17,7 @@ from decdec import plan
 from decdec.artifacts import FORMATS
 from decdec.errors import UserError
 from decdec.files import config_hash
+from decdec.sizes import NAMED
 
 DTYPES = ("float16", "bfloat16")
 SELECTIONS = ("bucket", "exact")
@@ -38,7 +39,7 @@ class Session:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="FOLDER", help="a folder made by decdec_setup")
     parser.add_argument("--random-weights", metavar="NAME",
-                        help=f"shapes of a known model instead: {', '.join(shapes.NAMED)}")
+                        help=f"shapes of a known model instead: {', '.join(NAMED)}")
     parser.add_argument("--bits", type=float, default=3,
                         help="of random weights: 2, 3, 4, or 3.5 for half 3 and half 4 (default 3)")
     parser.add_argument("--format", choices=FORMATS, default="codebook", help="of random weights (default codebook)")

@@ -11,6 +11,7 @@ from shapes import Layer
 from timings import Timings, shape_of
 
 ATTEMPTS = 6
+AGREE = 0.5  # points between a token's predicted and its measured slow-down
 FRESH = 3  # fresh measurements of base and choice, taken in turn so that both see the same clocks
 
 Decision = Callable[[Timings, Target], Mapping[Layer, Setting]]
@@ -47,6 +48,35 @@ def settle(timings: Timings, profiler: Profiler | None, decision: Decision, targ
             break
         allowed = replace(allowed, percent=max(0.0, allowed.percent - 1.1 * excess))
     return settled
+
+
+def settle_token(timings: Timings, profiler: Profiler | None, decision: Decision, target: Target,
+                 token_percent: Callable[[Settled], float]) -> Settled:
+    """Choose for an end-to-end ``target`` and have a runtime measure it (``token_percent``), until the choice keeps the
+    target and the runtime agrees with the prediction within ``AGREE`` points.
+
+    In a runtime kernels overlap, so that a token's slow-down is not the sum of theirs. The ratio of the two, as the last
+    measurement showed it, is part of the next prediction.
+    """
+    ratio = 1.0
+    best = None
+    for _ in range(ATTEMPTS):
+        allowed = replace(target, percent=target.percent / ratio)
+        if profiler is not None:
+            refine(profiler, [lambda table, allowed=allowed: decision(table, allowed)])
+        settled = _predicted(timings, dict(decision(timings, allowed)), target)
+        by_kernels = settled.predicted_percent
+        if by_kernels <= 0:  # nothing is compensated
+            return replace(settled, measured_percent=0.0)
+        settled = replace(settled, predicted_percent=ratio * by_kernels)
+        settled = replace(settled, measured_percent=token_percent(settled))
+        keeps = settled.measured_percent <= target.percent
+        if keeps and abs(settled.measured_percent - settled.predicted_percent) <= AGREE:
+            return settled
+        if keeps or best is None:
+            best = settled
+        ratio = max(0.1, settled.measured_percent / by_kernels, 1.02 * ratio if not keeps else 0.0)
+    return best
 
 
 def _measured(timings: Timings, profiler: Profiler, settings: dict[Layer, Setting], target: Target) -> Settled:

@@ -10,10 +10,7 @@ from decdec import artifacts, packing
 from decdec.errors import UserError
 from decdec.models import KINDS, block_of, decoder_linears, layer_kind
 from decdec.reference import chunk_counts
-
-# hidden size, MLP width, query and key/value heads, blocks, vocabulary; head size 128
-NAMED = {"llama-3-8b": (4096, 14336, 32, 8, 32, 128256), "llama-3-70b": (8192, 28672, 64, 8, 80, 128256),
-         "phi-3-medium": (5120, 17920, 40, 10, 40, 32064), "qwen2.5-7b": (3584, 18944, 28, 4, 28, 152064)}
+from decdec.sizes import HEAD_DIM, NAMED, bits_of_blocks
 
 
 @dataclass(frozen=True)
@@ -66,11 +63,9 @@ def random_weights(name: str, bits: float, format: str) -> Shapes:
     if name not in NAMED:
         raise UserError(f"random-weights: expected one of {', '.join(NAMED)}, got {name!r}")
     hidden, mlp, heads, kv_heads, blocks, vocabulary = NAMED[name]
-    widths = {"qkv": (hidden, 128 * (heads + 2 * kv_heads)), "o": (128 * heads, hidden), "gu": (hidden, 2 * mlp),
-              "d": (mlp, hidden)}
-    parts = {int(bits): blocks} if bits == int(bits) else {int(bits): blocks - blocks // 2, int(bits) + 1: blocks // 2}
-    if set(parts) - set(packing.BASE_BITS):
-        raise UserError(f"bits: expected 2 to 4, or a half between them, got {bits:g}")
+    widths = {"qkv": (hidden, HEAD_DIM * (heads + 2 * kv_heads)), "o": (HEAD_DIM * heads, hidden),
+              "gu": (hidden, 2 * mlp), "d": (mlp, hidden)}
+    parts = Counter(bits_of_blocks(bits, blocks))
     group = None if format == "codebook" else 128
     layers = tuple(Layer(kind, b, *widths[kind], count, format, group) for b, count in parts.items() for kind in KINDS)
     return Shapes(name, f"random {format}", layers, 2 * hidden * vocabulary)

@@ -20,9 +20,10 @@ from decide import Target
 from phases import Setting
 from profiling import Profiler
 from session import Session
-from settle import Settled, settle
+from settle import Settled, settle, settle_token
 from shapes import Layer, Shapes
 from timings import Timings, read_profile
+from token_timer import TokenTimer
 
 from decdec import plan
 from decdec.errors import UserError, run
@@ -38,7 +39,7 @@ def choices(settled: Settled) -> tuple[Choice, ...]:
 
 
 def tune(shapes: Shapes, session: Session, rows: list[dict], targets: list[Target], gains: tuple | None,
-         profile: str) -> Plan:
+         profile: str, token_timer: TokenTimer | None = None) -> Plan:
     """Settle every target and put the results together; ``gains`` as :func:`gains.read_gains` returns them."""
     timings = Timings(shapes.layers, session.conditions, rows)
     profiler = session.timer and Profiler(timings, session.timer, profile)
@@ -51,35 +52,45 @@ def tune(shapes: Shapes, session: Session, rows: list[dict], targets: list[Targe
     def decision(table: Timings, target: Target) -> dict[Layer, Setting]:
         return decide.decide(table, target, by_layer, n_limit)
 
+    def tuned_of(target: Target, settled: Settled) -> Tuned:
+        gain = gains and float(sum(by_layer[layer][setting.k_chunk] for layer, setting in settled.settings.items()))
+        return Tuned(target.percent, target.scope, objective, settled.predicted_percent, settled.measured_percent,
+                     target.rest_us, gain, choices(settled))
+
+    def plan_of(tuned: list[Tuned]) -> Plan:
+        return Plan(shapes.name, shapes.method, shapes.weights_hash, session.device, session.conditions.selection,
+                    session.rates.dram_gb_s, session.rates.link_gb_s, unit, versions, tuple(tuned))
+
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "library": session.conditions.library}
     tuned = []
     for target in targets:
-        settled = settle(timings, profiler, decision, target, afresh=not session.device.simulated)
-        gain = gains and float(sum(by_layer[layer][setting.k_chunk] for layer, setting in settled.settings.items()))
-        tuned.append(Tuned(target.percent, target.scope, objective, settled.predicted_percent,
-                           settled.measured_percent, target.rest_us, gain, choices(settled)))
+        if token_timer is None:
+            settled = settle(timings, profiler, decision, target, afresh=not session.device.simulated)
+        else:
+            settled = settle_token(timings, profiler, decision, target, lambda settled, target=target:
+                                   token_timer.slowdown_percent(plan_of([tuned_of(target, settled)])))
+        tuned.append(tuned_of(target, settled))
         if (settled.measured_percent or 0.0) > target.percent:
             print(f"warning: target {target.percent:g} %: no choice was measured to keep it, the last took "
                   f"{settled.measured_percent:.1f} %", file=sys.stderr)
     if profiler is not None:
         profiler.warn_if_noisy()
-    versions = {"torch": torch.__version__, "python": platform.python_version(), "library": session.conditions.library}
-    return Plan(shapes.name, shapes.method, shapes.weights_hash, session.device, session.conditions.selection,
-                session.rates.dram_gb_s, session.rates.link_gb_s, unit, versions, tuple(tuned))
+    return plan_of(tuned)
 
 
-def rest_us(arguments: argparse.Namespace, shapes: Shapes, session: Session, base_us: float) -> float:
+def rest_us(arguments: argparse.Namespace, token_ms: float | None, shapes: Shapes, session: Session,
+            base_us: float) -> float:
     """Time of a token outside the linear layers; 0 where it is not known and the target does not depend on it."""
-    if arguments.token_ms is None:
+    if token_ms is None:
         if session.device.simulated:  # the output head is nearly all of it in a decoder that runs as one graph
             return shapes.head_bytes / (session.rates.dram_gb_s * 1e3)
         if arguments.scope == "kernel":
             return 0.0
-        raise UserError("token-ms: an end-to-end target needs the milliseconds of a token without compensation "
-                        "(generate.py --k-chunk 0 prints tokens a second)")
-    rest = 1e3 * arguments.token_ms - base_us
+        raise UserError("token-ms: an end-to-end target needs a runtime that measures it (--timer), or the milliseconds "
+                        "of a token without compensation (generate.py --k-chunk 0 prints tokens a second)")
+    rest = 1e3 * token_ms - base_us
     if rest < 0:
-        raise UserError(f"token-ms: the linear layers alone take {base_us / 1e3:.2f} ms a token, "
-                        f"got {arguments.token_ms:g}")
+        raise UserError(f"token-ms: the linear layers alone take {base_us / 1e3:.2f} ms a token, got {token_ms:g}")
     return rest
 
 
@@ -94,6 +105,9 @@ def main() -> None:
     parser.add_argument("--scope", choices=decide.SCOPES, default="kernel",
                         help="slow-down of the linear layers' kernels (default, the paper's) or of a whole token")
     parser.add_argument("--token-ms", type=float, help="time of a token without compensation, for the end-to-end scope")
+    parser.add_argument("--timer", metavar="COMMAND",
+                        help="has end-to-end targets measured by a runtime, such as 'python end-to-end/time_plans.py "
+                             "--model FOLDER'")
     parser.add_argument("--objective", choices=decide.OBJECTIVES,
                         help="quality (default where the folder has calibration data) or the paper's phases")
     parser.add_argument("--each-block", action="store_true",
@@ -103,6 +117,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if min(arguments.target) <= 0:
         raise UserError(f"target: expected percentages above 0, got {min(arguments.target):g}")
+    if arguments.timer and (arguments.scope == "kernel" or arguments.sms):
+        raise UserError("timer: measures whole tokens on the whole GPU: it goes with --scope end-to-end, without --sms")
     if arguments.out is None and arguments.model is None:
         raise UserError("out: random weights have no folder; say where the plan goes")
 
@@ -122,9 +138,12 @@ def main() -> None:
             session = sessions.saved_session(arguments, arguments.sms)
         else:
             session = stack.enter_context(sessions.open_session(arguments, arguments.sms))
-        rest = rest_us(arguments, shapes, session, decide.total_us(Timings(shapes.layers, session.conditions, rows)))
+        token_timer = stack.enter_context(TokenTimer(arguments.timer)) if arguments.timer else None
+        token_ms = token_timer.base_ms() if token_timer else arguments.token_ms
+        base_us = decide.total_us(Timings(shapes.layers, session.conditions, rows))
+        rest = rest_us(arguments, token_ms, shapes, session, base_us)
         targets = [Target(percent, arguments.scope, rest) for percent in arguments.target]
-        made = tune(shapes, session, rows, targets, gains, arguments.profile)
+        made = tune(shapes, session, rows, targets, gains, arguments.profile, token_timer)
     out = Path(arguments.out or Path(arguments.model) / plan.PLAN)
     plan.save_plan(out, made)
     for row in plan_report.rows(made) if arguments.rows else ():

@@ -92,6 +92,34 @@ def test_an_end_to_end_target_allows_more(call, profile, tmp_path):
     assert chosen["end-to-end"].predicted_percent <= 5
 
 
+FAKE_RUNTIME = """
+import json, sys
+for line in sys.stdin:
+    question = json.loads(line)
+    answer = {"base_ms": 40.0}
+    if question:
+        chosen = json.load(open(question["plan"]))["tuned"][0]
+        assert chosen["target_percent"] == question["target"]
+        added = sum(c["count"] * (c["predicted_us"] - c["base_us"]) for c in chosen["choices"]) / 1000
+        answer["ms"] = 40.0 + FACTOR * added
+    print(json.dumps(answer), flush=True)
+"""
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.0, 1.7])
+def test_a_runtime_has_the_last_word_on_end_to_end_targets(call, profile, tmp_path, factor):
+    """One in which compensation takes ``factor`` of the time that the kernels' times say."""
+    (tmp_path / "runtime.py").write_text(FAKE_RUNTIME.replace("FACTOR", str(factor)))
+    call(tuner, *RANDOM, "--profile", profile, "--out", tmp_path / "plan", "--scope", "end-to-end", "--target", 5, 20,
+         "--timer", f"{sys.executable} {tmp_path / 'runtime.py'}")
+    for tuned in load_plan(tmp_path / "plan").tuned:
+        added = sum(c.count * (c.predicted_us - c.base_us) for c in tuned.choices) / 1000
+        assert tuned.measured_percent == pytest.approx(100 * factor * added / 40)
+        assert 0.8 * tuned.target_percent < tuned.measured_percent <= tuned.target_percent
+        assert abs(tuned.predicted_percent - tuned.measured_percent) <= 0.5
+        assert tuned.rest_us == pytest.approx(40_000 - sum(c.count * c.base_us for c in tuned.choices))
+
+
 def test_figure_table_and_csv_from_the_rows(call, profile, tmp_path):
     call(tuner, *RANDOM, "--profile", profile, "--out", tmp_path / "plan.json")
     call(fig12_normalised_time, *RANDOM, "--profile", profile, "--out", tmp_path / "figures")
@@ -213,6 +241,9 @@ def test_no_gpu_is_one_line(tmp_path):
     (("--objective", "quality"), "quality needs calibration data"),
     (("--scope", "end-to-end", "--token-ms", "1"), "the linear layers alone take"),
     (("--profile", "text"), "line 1"),
+    (("--timer", "true"), "it goes with --scope end-to-end"),
+    (("--scope", "end-to-end", "--timer", "no-such-command"), "no-such-command' cannot be run"),
+    (("--scope", "end-to-end", "--timer", "true"), "'true' ended, or answered with"),
     (("--target", "-1"), "target")])
 def test_tuner_refusals(call, profile, tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)

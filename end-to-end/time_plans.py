@@ -1,0 +1,78 @@
+"""Times plans of the autotuner on this runtime: for each line of JSON {"plan": FILE, "target": PERCENT} read from stdin it
+prints one with "ms" a token under that plan and "base_ms" without compensation, measured in turn; for {} the latter alone.
+
+The model is loaded once. autotuner/tuner.py --timer runs this to meet end-to-end targets.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+
+import torch
+
+from benchmark import measure
+from decdec import hub
+from decdec.errors import UserError, run
+from decdec.linear import Compensation
+from decdec.plan import apply, load_plan
+from random_model import give_residuals, random_decoder
+from runtime import DTYPES, Runtime, default_device, default_dtype
+from stepper import Stepper
+
+ROUNDS = 3  # of base and plan in turn, so that both see the same clocks; their medians count
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="DecDEC folder")
+    parser.add_argument("--random-weights", metavar="NAME", help="shapes of a known model instead")
+    parser.add_argument("--bits", type=float, default=3, help="of random weights (default 3)")
+    parser.add_argument("--format", choices=("codebook", "uniform"), default="codebook", help="of random weights")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default float16 on a GPU, float32 on the CPU")
+    parser.add_argument("--prompt-tokens", type=int, default=16, metavar="N", help="default 16")
+    parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="decoded each time (default 128)")
+    return parser.parse_args()
+
+
+def make_stepper(arguments: argparse.Namespace) -> Stepper:
+    if (arguments.model is None) == (arguments.random_weights is None):
+        raise UserError("model: expected either --model FOLDER or --random-weights NAME")
+    device = torch.device(arguments.device or default_device())
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else default_dtype(device)
+    if arguments.model:
+        return Runtime(arguments.model, device=str(device), dtype=dtype).stepper
+    decoder = random_decoder(arguments.random_weights, arguments.bits, arguments.format, dtype, device)
+    give_residuals(decoder)
+    return Stepper(decoder)
+
+
+def timed(stepper: Stepper, arguments: argparse.Namespace, line: str) -> dict:
+    try:
+        wanted = json.loads(line)
+        plan, target = wanted.get("plan"), wanted.get("target")
+    except (json.JSONDecodeError, AttributeError):
+        raise UserError(f'stdin: expected lines such as {{"plan": "plan.json", "target": 5}}, got {line.strip()!r}') from None
+    settings = {"base_ms": lambda: hub.set_compensation(stepper.decoder, Compensation())}
+    if plan is not None:
+        plan = load_plan(plan)
+        settings["ms"] = lambda: apply(plan, stepper.decoder, target)
+    times = {name: [] for name in settings}
+    for _ in range(ROUNDS):
+        for name, take in settings.items():
+            take()
+            stepper.settings_changed()
+            times[name].append(measure(stepper, arguments.prompt_tokens, arguments.new_tokens, runs=1).ms_per_token)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    stepper = make_stepper(arguments)
+    for line in sys.stdin:
+        print(json.dumps(timed(stepper, arguments, line)), flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
