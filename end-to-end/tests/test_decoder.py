@@ -128,6 +128,23 @@ def test_greedy_text_equals_hugging_face_and_is_timed(tmp_path):
     assert list(generate(stepper, PROMPT, 12, stop={got[4]})) == got[:got.index(got[4])]
 
 
+def test_longrope_reads_a_sequence_again_once_it_is_long():
+    model, prompt = original("longrope"), PROMPT[:15]
+    want = model.generate(prompt[None], attention_mask=torch.ones(1, 15), max_new_tokens=12, do_sample=False,
+                          eos_token_id=None)
+    assert list(generate(Stepper(Decoder(original("longrope"))), prompt, 12)) == want[0, 15:].tolist()
+
+
+def test_an_8_bit_head_rounds_every_token_to_its_own_scale():
+    plain, rounded = Decoder(original("tied")), Decoder(original("tied"), head_bits=8)
+    weight = plain.head.weight.detach()
+    assert rounded.head.weight.dtype == torch.int8 and torch.equal(rounded.embed.weight, weight)
+    error = (rounded.head.weight * rounded.head.scale[:, None] - weight).abs()
+    assert (error <= weight.abs().amax(dim=1, keepdim=True) / 254 * 1.001).all()
+    want, got = (logits_of_decoder(decoder, PROMPT, 15) for decoder in (plain, rounded))
+    assert 0 < (got - want).abs().mean() < 0.02 * want.std()
+
+
 def test_memory_and_settings_work_as_on_the_model(tmp_path):
     folder = quick_folder(original("tied"), tmp_path / "m")
     decoder = Decoder(hub.load(folder))

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from decdec import artifacts
 from decdec.errors import UserError
+from decdec.plan import Choice, Device, Plan, Tuned, save_plan
+from decdec.sizes import NAMED
 from decdec.testing import quick_folder, refused, run_script
 from decdec.tiny import make_model
 from generate import main
@@ -60,6 +63,72 @@ def test_stdin_chat_and_sampling_stream_the_same_text_for_the_same_seed(folders,
     assert generate("--model", folders[1], "--prompt", "x" * 510).err.startswith("only 2 new tokens")
 
 
+def test_a_file_of_prompts_is_answered_one_by_one(folders, generate, tmp_path):
+    (tmp_path / "prompts.txt").write_text("Hello\n\nGoodbye\n")
+    many = generate("--model", folders[1], "--prompts", tmp_path / "prompts.txt", "--json").out.splitlines()
+    alone = [generate("--model", folders[1], "--prompt", prompt, "--json").out for prompt in ("Hello", "Goodbye")]
+    assert [json.loads(row)["text"] for row in many] == [json.loads(row)["text"] for row in alone]
+
+
+def plan_for(folder, **changes):
+    quant = artifacts.read_quant_config(folder)
+    choices = tuple(Choice(kind, 3, 192, 192, 2, 4, k_chunk, 1.0, 1.0)
+                    for kind, k_chunk in zip(("qkv", "o", "gu", "d"), (8, 16, 0, 4)))
+    tuned = Tuned(5.0, "kernel", "paper", 4.0, None, 0.0, None, choices)
+    whole = dict(model="tiny", method="rtn", weights_hash=quant.weights_hash, device=Device("A GPU", 20, True),
+                 selection="exact", dram_gb_s=1.0, link_gb_s=1.0, gain_source=None, versions={}, tuned=(tuned,))
+    return Plan(**whole | changes)
+
+
+def test_a_plan_is_followed_and_one_of_another_model_refused(folders, generate, tmp_path):
+    save_plan(tmp_path / "plan.json", plan_for(folders[1]))
+    arguments = ("--model", folders[1], "--prompt", "Hello", "--json", "--device", "cpu", "--plan")
+    shown = generate(*arguments, tmp_path / "plan.json")
+    row = json.loads(shown.out)
+    assert (row["k_chunk"], row["n_tb"], row["selection"]) == ([8, 16, 0, 4], 4, "exact") and "following" in shown.err
+    by_hand = generate("--model", folders[1], "--prompt", "Hello", "--json", "--k-chunk", 8, 16, 0, 4, "--selection",
+                       "exact", "--device", "cpu")
+    assert json.loads(by_hand.out)["text"] == row["text"]
+    save_plan(tmp_path / "other.json", plan_for(folders[1], weights_hash="0" * 16))
+    with pytest.raises(UserError, match="tuned for weights 0000"):
+        generate(*arguments, tmp_path / "other.json")
+    with pytest.raises(UserError, match="leave one out"):
+        generate(*arguments, tmp_path / "plan.json", "--k-chunk", 8)
+    with pytest.raises(UserError, match="not a DecDEC folder"):
+        generate("--model", folders[0], "--prompt", "Hello", "--device", "cpu", "--plan", tmp_path / "plan.json")
+
+
+def test_benchmark_and_profile_write_rows(folders, generate, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    shown = generate("--model", folders[1], "--benchmark", "--profile", "--sweep", 0, 8, "--runs", 2, "--out", rows,
+                     "--prompt-tokens", 3, "--device", "cpu").out
+    assert "a token takes" in shown
+    first, second = map(json.loads, rows.read_text().splitlines())
+    assert (first["k_chunk"], second["k_chunk"], second["bench"], second["bits"]) == (0, 8, "decode", 3.0)
+    assert second["ms_per_token"] > 0 and second["tokens_per_s"] > 0 and second["pinned_bytes"] > 0
+    assert (second["runs"], second["new_tokens"], second["prompt_tokens"]) == (2, 5, 3)
+
+
+@pytest.mark.parametrize("form, bits", [("codebook", 3.5), ("uniform", 4)])
+def test_random_weights_need_no_model(generate, monkeypatch, form, bits):
+    monkeypatch.setitem(NAMED, "llama-3-8b", (256, 512, 2, 1, 2, 300))
+    row = json.loads(generate("--random-weights", "llama-3-8b", "--format", form, "--bits", bits, "--benchmark",
+                              "--runs", 1, "--k-chunk", 8, "--head-bits", 8, "--device", "cpu").out)
+    assert (row["shapes"], row["bits"], row["k_chunk"], row["head_bits"]) == ("llama-3-8b", bits, 8, 8)
+
+
+def test_flags_of_the_original_are_understood(folders, generate):
+    new = generate("--model", folders[1], "--prompt", "Hello", "--max-new-tokens", 3, "--k-chunk", 8, 8, 8, 8,
+                   "--temperature", 1, "--top-k", 5)
+    old = generate("--checkpoint_path", folders[1], "--prompt", "Hello", "--max_new_tokens", 3, "--k_chunks", 8, 8, 8,
+                   8, "--n_tbs", 2, 2, 2, 2, "--temperature", 1, "--top_k", 5)
+    assert old.out == new.out
+    for flag, match in (("--backend", "its own format"), ("--bitwidth", "its own bits"), ("--compile", "CUDA graph"),
+                        ("--print_result", "always printed")):
+        with pytest.raises(UserError, match=match):
+            generate("--model", folders[1], flag)
+
+
 def test_shell_script_compares_settings(folders):
     result = run_script(ROOM / "generate.sh", folders[1], "Hello", 0, 8,
                         env=os.environ | {"PYTHON": sys.executable, "MAX_NEW_TOKENS": "3"})
@@ -77,11 +146,18 @@ def test_shell_script_compares_settings(folders):
     (("--model", "{folder}", "--prompt-file", "{folder}/nothing.txt"), "No such file"),
     (("--model", "{folder}", "--temperature", -1), "temperature"),
     (("--model", "{folder}", "--max-new-tokens", 0), "max-new-tokens"),
+    (("--model", "{folder}", "--k-chunk", 8, 8), "expected one number, or 4"),
+    (("--model", "{folder}", "--device", "cuda:9"), "not there"),
+    (("--model", "{folder}", "--prompts", "/dev/null"), "expected a prompt on every line"),
+    (("--prompt", "Hello"), "--model: expected"),
+    (("--benchmark",), "--model: expected a model to measure"),
+    (("--model", "{folder}", "--random-weights", "llama-3-8b"), "instead of --model"),
+    (("--model", "{folder}", "--benchmark", "--runs", 0), "--runs"),
 ])
 def test_mistakes_end_in_one_line(folders, monkeypatch, arguments, match):
     places = {"original": folders[0], "folder": folders[1], "room": ROOM}
     filled = [str(argument).format(**places) for argument in arguments]
-    prompt = [] if {"--prompt", "--prompt-file"} & set(filled) else ["--prompt", "Hello"]
+    prompt = [] if {"--prompt", "--prompts", "--prompt-file"} & set(filled) else ["--prompt", "Hello"]
     monkeypatch.setattr("sys.argv", arguments_of(*filled, *prompt))
     with pytest.raises(UserError, match=re.escape(match)) as error:
         main()
