@@ -18,6 +18,13 @@ def write_bit_map(path: str | Path, bits: list[int], how: dict) -> None:
     write_json(path, {"format": FORMAT, "version": VERSION, "bits": bits} | how)
 
 
+def known_bit_map(path: str | Path, how: dict) -> list[int] | None:
+    """The bits that the map at ``path`` holds, if it rests on just that; else None."""
+    content = read_json(path) if Path(path).is_file() else {}
+    same = isinstance(content, dict) and all(content.get(key) == value for key, value in how.items())
+    return content.get("bits") if same else None
+
+
 def read_bit_map(path: str | Path, bits: float) -> list[int]:
     """The bits of the blocks; those of a model of ``bits`` bits are the whole numbers next to it."""
     content = read_json(path)

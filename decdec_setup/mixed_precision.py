@@ -18,7 +18,7 @@ from decdec.models import load_tokenizer
 from decdec.text import calibration_samples, load_text
 
 from base_model import BaseModel
-from bit_map import write_bit_map
+from bit_map import known_bit_map, write_bit_map
 from blocks import BlockRunner
 from folder import local_folder
 from quantized_blocks import QuantizedBlocks
@@ -58,8 +58,7 @@ def choose(found: Tensor, low: int, high: int) -> list[int]:
 
 def make_bit_map(source: str, low: str, high: str, out: str, text: str = "c4", samples: int = 8, length: int = 256, seed: int = 0,
                  device: str = "cpu") -> list[int]:
-    """Write the map to ``out`` and return it: the bits of every block."""
-    base = BaseModel(local_folder(source))
+    """Write the map to ``out`` and return it: the bits of every block. A map that rests on the same is left as it is."""
     folders = [QuantizedBlocks(folder) for folder in (low, high)]
     bits = [folder.quant.bits for folder in folders]
     if mixed := [folder.folder for folder in folders if folder.quant.layer_bits]:
@@ -68,13 +67,15 @@ def make_bit_map(source: str, low: str, high: str, out: str, text: str = "c4", s
         found = " and ".join(f"{folder.quant.method} at {b} bits" for folder, b in zip(folders, bits))
         raise UserError(f"expected folders of one method, the lower bits first, got {found}")
     documents = load_text(text, "calibration")
+    how = {"method": folders[0].quant.method, "weights_hashes": [folder.quant.weights_hash for folder in folders],
+           "calibration": {"text": documents.name, "text_hash": documents.hash, "samples": samples, "length": length, "seed": seed}}
+    if known := known_bit_map(out, how):
+        return known
+    base = BaseModel(local_folder(source))
     tokens = calibration_samples(documents, load_tokenizer(str(base.folder)), samples, length, seed)
     found = divergences(BlockRunner(base.model, tokens, device, base.block), folders)
     chosen = choose(found, *bits)
-    write_bit_map(out, chosen, {
-        "method": folders[0].quant.method, "weights_hashes": [folder.quant.weights_hash for folder in folders],
-        "divergence": {str(b): column.tolist() for b, column in zip(bits, found.t())},
-        "calibration": {"text": documents.name, "text_hash": documents.hash, "samples": samples, "length": length, "seed": seed}})
+    write_bit_map(out, chosen, how | {"divergence": {str(b): column.tolist() for b, column in zip(bits, found.t())}})
     return chosen
 
 

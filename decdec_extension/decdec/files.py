@@ -36,10 +36,13 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def write_torch(path: str | Path, content: object) -> None:
-    """``torch.save`` that leaves the old file, or none, when it fails; a full disk is an OSError as everywhere else."""
-    with atomic(path) as temporary:
+    """``torch.save`` that leaves the old file, or none, when it fails; a full disk is an OSError as everywhere else.
+
+    The same content gives the same bytes: a path would put its own, temporary name into the file.
+    """
+    with atomic(path) as temporary, open(temporary, "wb") as file:
         try:
-            torch.save(content, temporary)
+            torch.save(content, file)
         except RuntimeError as error:  # torch's own writer loses the errno
             if shutil.disk_usage(temporary.parent).free < 1 << 20 or "No space" in str(error):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None

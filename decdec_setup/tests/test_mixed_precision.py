@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,12 +9,16 @@ from decdec import hub
 from decdec.artifacts import read_quant_config
 from decdec.errors import UserError
 from decdec.models import load_model, load_tokenizer
+from decdec.testing import run_script
 from decdec.text import calibration_samples, load_text
 
+import mixed_precision
 from describe import describe
 from folder import Reusable
 from mixed_precision import choose, make_bit_map
 from quantize import quantize
+
+ROOM = Path(__file__).parents[1]
 
 
 def test_the_upper_half_by_difference_gets_the_high_bits():
@@ -22,8 +27,9 @@ def test_the_upper_half_by_difference_gets_the_high_bits():
 
 
 @pytest.mark.parametrize("method", ["awq", "squeezellm"])
-def test_divergence_is_that_of_the_model_with_one_block_replaced(tiny, quantized, calibration, tmp_path, method):
-    make_bit_map(str(tiny), quantized(method), quantized(method, 4), tmp_path / "map.json", **calibration)
+def test_divergence_is_that_of_the_model_with_one_block_replaced(tiny, quantized, calibration, tmp_path, monkeypatch, method):
+    arguments = str(tiny), quantized(method), quantized(method, 4), tmp_path / "map.json"
+    chosen = make_bit_map(*arguments, **calibration)
     content = json.loads((tmp_path / "map.json").read_text())
     tokens = calibration_samples(load_text("pydoc", "calibration"), load_tokenizer(str(tiny)), 3, 64, 0)
     model, replaced = load_model(str(tiny), torch.float32), hub.load(quantized(method))
@@ -34,7 +40,11 @@ def test_divergence_is_that_of_the_model_with_one_block_replaced(tiny, quantized
         found = F.kl_div(model(tokens).logits.log_softmax(-1), wanted, log_target=True, reduction="none").sum(-1).mean()
         model.model.layers[1] = own
     assert content["divergence"]["3"][1] == pytest.approx(float(found), rel=0.05)
-    assert sorted(content["bits"]) == [3, 4]
+    assert sorted(content["bits"]) == [3, 4] and chosen == content["bits"]
+    monkeypatch.setattr(mixed_precision, "divergences", lambda *_: pytest.fail("computed again"))
+    assert make_bit_map(*arguments, **calibration) == chosen
+    with pytest.raises(pytest.fail.Exception):
+        make_bit_map(*arguments, **calibration | {"seed": 1})
 
 
 def test_reused_blocks_are_those_made_afresh(tiny, quantized, calibration, tmp_path, monkeypatch):
@@ -50,7 +60,9 @@ def test_reused_blocks_are_those_made_afresh(tiny, quantized, calibration, tmp_p
         assert (tmp_path / "afresh" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
     assert read_quant_config(tmp_path / "merged") == read_quant_config(tmp_path / "afresh")
     assert "3 and 4 bits" in describe(tmp_path / "merged") and "--bits 3.5" in (tmp_path / "merged" / "README.md").read_text()
-    hub.load(tmp_path / "merged")
+    generated = run_script(ROOM.parent / "end-to-end" / "generate.py", "--model", tmp_path / "merged", "--prompt", "a", "--device", "cpu",
+                           "--max-new-tokens", "4")
+    assert generated.returncode == 0, generated.stderr
     with pytest.raises(UserError, match="reuse: .*calibration: expected"):
         quantize(str(tiny), "awq", 3.5, str(tmp_path / "no"), reuse=[quantized("awq")], **arguments | {"seed": 1})
 

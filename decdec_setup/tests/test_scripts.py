@@ -125,8 +125,8 @@ def test_convert_tells_what_is_no_gguf(tmp_path):
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch):
-    def fail(content, path):
-        Path(path).write_bytes(bytes(100))
+    def fail(content, file):
+        file.write(bytes(100))
         raise RuntimeError("unexpected pos 128 vs 0")  # all that torch says of it
 
     monkeypatch.setattr(torch, "save", fail)
