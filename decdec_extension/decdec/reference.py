@@ -173,9 +173,10 @@ def attend(qkv: Tensor, position: Tensor, keys: Tensor, values: Tensor, frequenc
     row = frequencies[-1 if at >= long_from else 0]
     keys[:, at], values[:, at] = rotate(k, position, row, rotary_scaling)[0], v[0]
     seen = slice(max(0, at + 1 - window) if window else 0, at + 1)
-    q = rotate(q, position, row, rotary_scaling)[0].float().view(kv_heads, heads // kv_heads, head_dim)
-    scores = torch.einsum("ghd,gtd->ght", q, keys[:, seen].float()) * scaling
-    return torch.einsum("ght,gtd->ghd", scores.softmax(-1), values[:, seen].float()).reshape(1, -1).to(qkv.dtype)
+    q = rotate(q, position, row, rotary_scaling)[0].float()
+    out = torch.nn.functional.scaled_dot_product_attention(q[None, :, None], keys[None, :, seen].float(),
+                                                           values[None, :, seen].float(), scale=scaling, enable_gqa=True)
+    return out.reshape(1, -1).to(qkv.dtype)
 
 
 def head_gemv(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
