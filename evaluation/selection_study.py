@@ -51,7 +51,7 @@ class Variant:
     def name(self) -> str:
         bits = "/".join(f"{share:.2g}x{bits}" for share, bits in self.tiers) or str(self.bits)
         extra = [(self.width != CHUNK, "whole vector" if self.width is None else f"chunks of {self.width}"),
-                 (self.by_norm, "by |x| and row norm"), (self.spread, "k_chunk by layer"),
+                 (self.by_norm, "ranked with row norms"), (self.spread, "k_chunk by layer"),
                  (self.centred is not None, f"centred where above {self.centred:g}" if self.centred else "centred"),
                  (self.rank > 0, f"rank {self.rank}")]
         return ", ".join([f"{self.form} {bits}", *(words for holds, words in extra if holds)])

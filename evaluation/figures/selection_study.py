@@ -92,7 +92,6 @@ def equal_bytes(points: Points) -> list[str]:
 
 def draw(points: Points, out: Path) -> None:
     forms = plain_forms(points)
-    base = points[PAPER, 0]["perplexity"]
     with style.figure(out, ncols=2, sharey=True) as (figure, (left, right)):
         for look, (variant, rows) in zip(style.LINES, forms.items(), strict=False):
             left.plot([row["fetched_bytes"] / 1e6 for row in rows.values()], [row["perplexity"] for row in rows.values()],
@@ -100,7 +99,6 @@ def draw(points: Points, out: Path) -> None:
         left.set_xscale("log")
         left.set_xlabel("MB fetched a token")
         left.set_ylabel("Perplexity")
-        left.set_ylim(top=base)
         left.legend(fontsize=5)
         for look, k_chunk in zip(style.LINES, (8, 16, 32, 64), strict=False):
             same = [(row["host_bytes"] / 1e6, row["perplexity"]) for variant, rows in forms.items()
