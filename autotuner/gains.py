@@ -4,9 +4,8 @@ Two sources, the better one first:
 
 * ``gains.safetensors``, written into the model folder by measure_gains.py from gradients of the loss. In nats per
   token.
-* ``thresholds.pt`` and ``cheatsheet.pt`` alone: fetching channel c removes about ``x_c^2 |R_c|^2`` of a layer's squared
-  output error (errors of different channels taken as independent), which is estimated from the largest |x| at each
-  rank. As a fraction of the layer's squared output; layers count alike.
+* ``thresholds.pt`` alone: fetching channel c removes about ``x_c^2 |R_c|^2`` of a layer's squared output error (errors
+  of different channels taken as independent), which is estimated from the largest |x| at each rank. As a fraction of the layer's squared output; layers count alike.
 """
 
 from collections.abc import Iterable
@@ -17,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from shapes import Layer
 from torch import Tensor
 
-from decdec import artifacts, ops
-from decdec.artifacts import QuantConfig
+from decdec import artifacts
+from decdec.artifacts import QuantConfig, Thresholds
 from decdec.errors import UserError
 from decdec.models import block_of, layer_kind
 from decdec.reference import CHUNK, chunk_counts
@@ -34,9 +33,11 @@ def read_gains(folder: str | Path, layers: Iterable[Layer]) -> tuple[dict[Layer,
     quant = artifacts.read_quant_config(folder)
     if (folder / GAINS).is_file():
         by_name, unit = _measured(folder / GAINS, quant), MEASURED
-    elif (folder / artifacts.THRESHOLDS).is_file() and (folder / artifacts.CHEATSHEET).is_file():
-        by_name, unit = _derived(folder, quant), DERIVED
+    elif (folder / artifacts.THRESHOLDS).is_file():
+        by_name, unit = _derived(artifacts.load_thresholds(folder / artifacts.THRESHOLDS, quant)), DERIVED
     else:
+        by_name = None
+    if not by_name:
         return None
     layers = list(layers)
     each_block = any(layer.block is not None for layer in layers)
@@ -91,27 +92,16 @@ def _measured(path: Path, quant: QuantConfig) -> dict[str, Tensor]:
     return gains
 
 
-def _derived(folder: Path, quant: QuantConfig) -> dict[str, Tensor]:
-    from decdec import hub
-
-    thresholds = artifacts.load_thresholds(folder / artifacts.THRESHOLDS, quant)
-    sheet = artifacts.load_cheatsheet(folder / artifacts.CHEATSHEET, quant)
+def _derived(thresholds: Thresholds) -> dict[str, Tensor]:
+    """The gains of the layers whose residuals' energy is known; files of older versions know none."""
     gains = {}
-    for name, layer in hub.compensated_layers(hub.load(folder)).items():
-        if name not in thresholds.largest or name not in sheet.residual:
-            raise UserError(f"{folder}: {artifacts.THRESHOLDS} and {artifacts.CHEATSHEET} lack layer {name}; "
-                            "make them again")
+    for name, rows in thresholds.row_energy.items():
         energy = thresholds.mean_square[name].double()
-        residual = ops.residual_dequantize(sheet.residual[name], sheet.scale[name], sheet.bits, sheet.nested,
-                                           layer.out_features, torch.float32)
-        rows = residual.square().sum(dim=1, dtype=torch.float64)
-        weights = layer.dequantize(torch.float32).double().square().sum(dim=0)
         # The k-th largest |x| of the worst token stands for that of the usual token, at the usual token's energy.
         by_rank = thresholds.largest[name].double().square()
         by_rank *= energy.sum() / by_rank.sum().clamp_min(1e-30)
         row_energy = (energy * rows).sum() / energy.sum().clamp_min(1e-30)
         removed = torch.cat([torch.zeros(1, dtype=torch.float64), by_rank.cumsum(0)]) * row_energy
         at = torch.tensor([sum(chunk_counts(len(energy), k)) for k in range(CHUNK + 1)])
-        gains[name] = removed[at] / (energy * weights).sum().clamp_min(1e-30)
+        gains[name] = removed[at] / thresholds.output_energy[name].double().clamp_min(1e-30)
     return gains
-

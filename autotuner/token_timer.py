@@ -1,5 +1,6 @@
 """The time of a whole token, asked of a runtime in another process: ``end-to-end/time_plans.py``, or what answers like it."""
 
+import contextlib
 import json
 import shlex
 import subprocess
@@ -28,7 +29,8 @@ class TokenTimer:
         return self
 
     def __exit__(self, *_) -> None:
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it ended before us
+            self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
         self._folder.cleanup()

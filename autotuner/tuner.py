@@ -132,7 +132,7 @@ def main() -> None:
         gains = gains_of.read_gains(arguments.model, shapes.layers)
     if gains is None and (arguments.objective == "quality" or arguments.each_block):
         raise UserError("objective: quality needs calibration data: a folder with gains.safetensors "
-                        "(measure_gains.py), or with thresholds.pt and cheatsheet.pt")
+                        "(measure_gains.py), or with a thresholds.pt that holds the energy of residuals")
     with ExitStack() as stack:
         if arguments.saved:
             session = sessions.saved_session(arguments, arguments.sms)
