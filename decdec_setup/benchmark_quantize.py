@@ -1,158 +1,140 @@
-"""Times quantization on random weights of a known model's shape: a few blocks are done, the model's time is scaled from them.
+"""Times the setup stage on random weights of a known model's shape, and its memory; two sizes are run, the whole is scaled.
 
-The time does not depend on the values. One JSON line for each step is printed and appended to --out: seconds a block, what
-does not repeat with the blocks, and the whole model's seconds and bytes as computed from these.
+The time does not depend on the values. A model of each number of blocks of --blocks is written to disk, and every step does its
+whole work on both: what the second takes more is a block's share, the rest comes once. One JSON line a step is printed
+and appended to --out: seconds, peak bytes of the process (what it mapped of files counted in) and of the GPU.
 """
 
 import argparse
+import os
 import platform
-import resource
+import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors.torch import save_file
 
-from decdec.artifacts import QuantConfig
 from decdec.errors import UserError, run
 from decdec.files import append_row, write_json
-from decdec.residual import pack_layer
+from decdec.sizes import NAMED
+from decdec.tiny import save_tokenizer
 
-import awq
-import gptq
-import squeezellm
-from base_model import BaseModel
-from blocks import BlockRunner, block_linears
-from parts import save_tensors
-from quantized_blocks import QuantizedBlocks
-from thresholds import statistics
-from uniform import pack_uniform
+from cheatsheet import make_cheatsheet
+from quantize import METHODS, quantize
+from thresholds import make_thresholds
 
-# hidden size, MLP width, query heads, key-value heads, blocks, vocabulary; head size 128
-MODELS = {"llama-3-8b": (4096, 14336, 32, 8, 32, 128256), "llama-3-70b": (8192, 28672, 64, 8, 80, 128256),
-          "phi-3-medium": (5120, 17920, 40, 10, 40, 32064), "tiny": (256, 512, 2, 1, 4, 512)}
 STEPS = ("awq", "gptq", "squeezellm", "cheatsheet", "thresholds")
-GROUP_SIZE = 128
+MODELS = NAMED | {"tiny": (256, 512, 2, 1, 4, 512)}
 
 
-def random_model(name: str, blocks: int) -> nn.Module:
-    """A Llama of that shape with ``blocks`` blocks of random float16 weights, on the CPU."""
+def write_model(folder: Path, name: str, blocks: int) -> int:
+    """Write a Llama of that shape with ``blocks`` blocks of random float16 weights, a file a block; returns a block's bytes.
+
+    Blocks that lie in ``folder`` already, of a smaller model, are kept.
+    """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     hidden, mlp, heads, kv_heads, _, vocabulary = MODELS[name]
     config = LlamaConfig(hidden_size=hidden, intermediate_size=mlp, num_attention_heads=heads, num_key_value_heads=kv_heads,
-                         head_dim=hidden // heads, num_hidden_layers=blocks, vocab_size=vocabulary)
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
-    return model.cpu().eval()
+                         head_dim=hidden // heads, num_hidden_layers=blocks, vocab_size=vocabulary, dtype="float16",
+                         architectures=["LlamaForCausalLM"])
+    with torch.device("meta"):
+        state = AutoModelForCausalLM.from_config(config, dtype=torch.float16).state_dict()
+    files: dict[str, list[str]] = {}
+    for key in state:
+        parts = key.split(".")
+        files.setdefault(f"block-{int(parts[2]):02d}.safetensors" if parts[1] == "layers" else "rest.safetensors", []).append(key)
+    folder.mkdir(exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for file, keys in files.items():
+        if not (folder / file).exists():
+            save_file({key: _random(state[key].shape, device) for key in keys}, folder / file, metadata={"format": "pt"})
+    write_json(folder / "model.safetensors.index.json", {"weight_map": {key: file for file, keys in files.items() for key in keys}})
+    config.save_pretrained(folder)
+    save_tokenizer(folder)
+    return (folder / "block-00.safetensors").stat().st_size
 
 
-class Timer:
-    """Seconds since it was last asked; work on a GPU is waited for."""
-
-    def __init__(self, device: str):
-        self.device, self.last = device, time.perf_counter()
-
-    def lap(self) -> float:
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        before, self.last = self.last, time.perf_counter()
-        return self.last - before
+def _random(shape: torch.Size, device: str) -> torch.Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.float16)
+    return torch.randn(shape, device=device, dtype=torch.float16).mul_(0.02).cpu()
 
 
-def time_step(step: str, base: BaseModel, runner: BlockRunner, bits: int, scratch: Path) -> tuple[float, float]:
-    """``(seconds a block, seconds once a model)`` of one step; the first block is left out of the mean if there are several."""
-    count, timer = len(base.blocks), Timer(str(runner.device))
-    every, widths = set(range(count)), [bits] * count
-    if step == "thresholds":
-        folder = _rounded_folder(base, bits, scratch, runner.device)
-        timer.lap()
-        runner.embed()
-        once = timer.lap()
-        for _ in statistics(runner, {}, folder, every):
-            pass
-        return (timer.lap() - once) / count, once
+def measured(work: Callable[[], object], cuda: bool) -> tuple[float, float, float]:
+    """Seconds, and peak gigabytes of this process and of the fullest GPU, of one piece of work."""
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+    if cuda:
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - start
+    host = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    gpu = max(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())) if cuda else 0
+    return seconds, int(host.split()[1]) * 1024 / 1e9, gpu / 1e9
+
+
+def step_of(step: str, source: Path, out: Path, bits: int, calibration: dict, device: str) -> Callable[[], object]:
+    """The work of one step on the model ``source``; cheatsheet and thresholds need its folder ``out``."""
+    if step in METHODS:
+        return lambda: quantize(str(source), step, bits, str(out), device=device, **calibration)
     if step == "cheatsheet":
-        laps = []
-        for index in range(count):
-            block = runner.copy_block(index)
-            for name, module in block_linears(runner, index, block).items():
-                pack_layer((module.weight.detach() - module.weight.detach().bfloat16().float()).cpu(), 4)
-            laps.append(timer.lap())
-    elif step == "squeezellm":
-        # Forwards over all blocks and the loss come before the first block is yielded; another run without work on weights
-        # parts them from what a block costs.
-        laps = [timer.lap() for _ in squeezellm.quantize_blocks(runner, widths, every)]
-        forward = _forward_seconds(runner, timer)
-        return _steady(laps[1:] or laps) + forward, max(0.0, laps[0] - _steady(laps[1:] or laps) - forward * count)
-    else:
-        make = awq.quantize_blocks(runner, widths, GROUP_SIZE, every) if step == "awq" \
-            else gptq.quantize_blocks(runner, widths, GROUP_SIZE, every, lambda index: {})
-        laps = [timer.lap() for _ in make]
-    return _steady(laps), max(0.0, laps[0] - _steady(laps))
-
-
-def _steady(laps: list[float]) -> float:
-    return min(laps[1:] or laps)
-
-
-def _forward_seconds(runner: BlockRunner, timer: Timer) -> float:
-    """Seconds of one pass of the calibration text through one block."""
-    with torch.no_grad():
-        hidden = runner.embed()
-        timer.lap()
-        block = runner.copy_block(0)
-        for state in hidden:
-            runner.call(0, block, state).to(runner.dtype)
-    return timer.lap()
-
-
-def _rounded_folder(base: BaseModel, bits: int, scratch: Path, device: torch.device) -> QuantizedBlocks:
-    """A folder of the model's linear layers, rounded to nearest."""
-    tensors = {}
-    for name in base.linears():
-        tensors |= pack_uniform(name, base.tensor(f"{name}.weight").to(device, torch.float32), bits, GROUP_SIZE)
-    save_tensors(scratch / "model.safetensors", tensors)
-    quant = QuantConfig("rtn", "uniform", bits, GROUP_SIZE, "random", "none")
-    write_json(scratch / "config.json", {"quantization_config": quant.to_dict()})
-    return QuantizedBlocks(scratch)
+        return lambda: make_cheatsheet(out, str(source), device=device)
+    return lambda: make_thresholds(out, str(source), device=device, **calibration)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random-weights", default="llama-3-8b", metavar="MODEL", help=", ".join(MODELS))
-    parser.add_argument("--blocks", type=int, default=2, help="blocks that are timed (default %(default)s)")
+    parser.add_argument("--blocks", type=int, nargs=2, default=[1, 3], metavar=("N", "M"),
+                        help="blocks of the two models that are timed (default 1 3)")
     parser.add_argument("--steps", nargs="+", default=list(STEPS), help=", ".join(STEPS))
     parser.add_argument("--bits", type=int, default=3, help="2, 3 or 4 (default %(default)s)")
     parser.add_argument("--samples", type=int, default=100, help="calibration samples (default %(default)s)")
     parser.add_argument("--length", type=int, default=512, help="tokens a sample (default %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    parser.add_argument("--scratch", metavar="FOLDER", help="where the models are written (default the system's temporary folder)")
     parser.add_argument("--out", default="decdec_setup/results/quantize.jsonl", help="file of rows (default %(default)s)")
     args = parser.parse_args()
     if args.random_weights not in MODELS or set(args.steps) - set(STEPS):
         raise UserError(f"expected a model of {', '.join(MODELS)} and steps of {', '.join(STEPS)}")
-    if args.blocks < 1:
-        raise UserError(f"blocks: expected a positive number, got {args.blocks}")
-    blocks, vocabulary = MODELS[args.random_weights][4:]
-    base = BaseModel.whole(random_model(args.random_weights, args.blocks))
-    tokens = torch.randint(0, vocabulary, (args.samples, args.length), generator=torch.Generator().manual_seed(0))
-    runner = BlockRunner(base.model, tokens, args.device, base.block)
-    for step in args.steps:
-        with tempfile.TemporaryDirectory() as scratch:
-            per_block, once = time_step(step, base, runner, args.bits, Path(scratch))
-        cuda = args.device.startswith("cuda")
-        row = {"bench": "quantize", "step": step, "model": args.random_weights, "weights": "random", "bits": args.bits,
-               "samples": args.samples, "length": args.length, "timed_blocks": args.blocks, "model_blocks": blocks,
-               "seconds_a_block": round(per_block, 3), "seconds_once": round(once, 3),
-               "model_minutes_scaled": round((per_block * blocks + once) / 60, 2),
-               "peak_host_gb_of_timed_run": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
-               "peak_gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None,
-               "device": torch.cuda.get_device_name() if cuda else f"cpu {platform.machine()}", "torch": torch.__version__}
+    few, many = args.blocks
+    if not 0 < few < many:
+        raise UserError(f"blocks: expected two positive numbers, the smaller first, got {few} {many}")
+    cuda = args.device.startswith("cuda")
+    calibration = {"text": "pydoc", "samples": args.samples, "length": args.length}
+    steps = [step for step in STEPS if step in args.steps]
+    if not set(steps) & set(METHODS):
+        steps.insert(0, "rtn")  # whose folder the others read
+    blocks = MODELS[args.random_weights][4]
+    taken: dict[str, list[tuple[float, float, float]]] = {step: [] for step in steps}
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        source, out = Path(scratch, "original"), Path(scratch, "quantized")
+        for count in (few, many):
+            block_bytes = write_model(source, args.random_weights, count)
+            for step in steps:
+                taken[step].append(measured(step_of(step, source, out, args.bits, calibration, args.device), cuda))
+            shutil.rmtree(out)
+        rest_bytes = (source / "rest.safetensors").stat().st_size
+    for step in [step for step in steps if step in args.steps]:
+        (first, host, _), (second, host_more, gpu) = taken[step]
+        each, host_each = (second - first) / (many - few), max(0.0, host_more - host) / (many - few)
+        row = {"bench": "setup", "step": step, "model": args.random_weights, "weights": "random", "bits": args.bits,
+               "samples": args.samples, "length": args.length, "timed_blocks": [few, many], "model_blocks": blocks,
+               "seconds": [round(first, 2), round(second, 2)], "seconds_a_block": round(each, 3),
+               "model_minutes_scaled": round((second + each * (blocks - many)) / 60, 2),
+               "peak_host_gb": [round(host, 2), round(host_more, 2)],
+               "model_peak_host_gb_scaled": round(host_more + host_each * (blocks - many), 2), "peak_gpu_gb": round(gpu, 2),
+               "model_gb": round((rest_bytes + blocks * block_bytes) / 1e9, 2), "block_gb": round(block_bytes / 1e9, 2),
+               "device": torch.cuda.get_device_name() if cuda else f"cpu {platform.machine()}",
+               "gpus": torch.cuda.device_count() if cuda else 0, "cores": os.cpu_count(), "torch": torch.__version__}
         append_row(args.out, row)
-        print(f"{step}: {row['seconds_a_block']} s a block, {row['model_minutes_scaled']} minutes for {blocks} blocks (scaled)",
-              flush=True)
+        print(f"{step}: {row['seconds_a_block']} s a block, {row['model_minutes_scaled']} minutes and {row['model_peak_host_gb_scaled']} "
+              f"GB of CPU memory for {blocks} blocks (scaled)", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,21 @@ from decdec.errors import run
 
 def make_model(folder: str | Path, seed: int = 0) -> Path:
     """Write the tiny model as a Hugging Face folder and return its path. The widths are ragged on purpose."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    vocabulary = save_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=vocabulary, hidden_size=192, intermediate_size=1088, num_hidden_layers=2,
+                         num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=512,
+                         tie_word_embeddings=True, bos_token_id=0, eos_token_id=1)
+    LlamaForCausalLM(config).to(torch.float16).save_pretrained(folder)
+    return Path(folder)
+
+
+def save_tokenizer(folder: str | Path) -> int:
+    """Write the byte-level tokenizer and return the size of its vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: i for i, symbol in enumerate(["<s>", "</s>", *alphabet])}
@@ -20,15 +33,8 @@ def make_model(folder: str | Path, seed: int = 0) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     wrapped.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=len(vocabulary), hidden_size=192, intermediate_size=1088, num_hidden_layers=2,
-                         num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=512,
-                         tie_word_embeddings=True, bos_token_id=0, eos_token_id=1)
-    model = LlamaForCausalLM(config).to(torch.float16)
-    model.save_pretrained(folder)
     wrapped.save_pretrained(folder)
-    return Path(folder)
+    return len(vocabulary)
 
 
 def main() -> None:
