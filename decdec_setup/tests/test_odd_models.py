@@ -1,6 +1,5 @@
 """Models that are ill or oddly shaped: handled, or refused in one line that leaves no folder."""
 
-import os
 import shutil
 
 import pytest
@@ -11,7 +10,6 @@ from decdec import hub
 from decdec.errors import UserError
 from decdec.linear import Compensation
 from decdec.models import load_model
-from decdec.testing import run_script
 
 from cheatsheet import make_cheatsheet
 from quantize import METHODS, quantize
@@ -75,49 +73,3 @@ def test_groups_that_do_not_divide_the_inputs_are_refused(odd, calibration, tmp_
     for method in ("awq", "gptq", "rtn"):
         with pytest.raises(UserError, match="group-size: expected a divisor of every layer's inputs, got 16 for 42 inputs"):
             quantize(str(odd(intermediate_size=42)), method, 3, str(tmp_path / "out"), group_size=16, **calibration)
-
-
-def test_killed_at_random_and_resumed_the_files_are_the_same(tiny, calibration, tmp_path):
-    """SIGKILL, five times; each run is a fork made before torch has started any thread."""
-    script = tmp_path / "kills.py"
-    script.write_text("""
-import os, random, signal, sys, time
-import torch, transformers
-from quantize import quantize
-source, out, method, kills = sys.argv[1:]
-random.seed(method)
-torch.set_num_threads(1)
-for kill in [*[True] * int(kills), False]:
-    child = os.fork()
-    if not child:
-        quantize(source, method, 3, out, text="pydoc", samples=3, length=64)
-        os._exit(0)
-    if kill:
-        time.sleep(random.uniform(0.1, 3.0))
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    print(os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), len(os.listdir(out + "/.parts"))
-          if os.path.isdir(out + "/.parts") else "-", flush=True)
-assert status == 0
-""")
-    room = os.path.dirname(os.path.dirname(__file__))
-    for method in ("awq", "gptq"):
-        source = deeper(tiny, tmp_path)
-        killed, whole = tmp_path / f"{method}-killed", tmp_path / f"{method}-whole"
-        for out, kills in ((killed, 5), (whole, 0)):
-            result = run_script(script, source, out, method, kills, env=os.environ | {"PYTHONPATH": room, "OMP_NUM_THREADS": "1"})
-            assert result.returncode == 0, result.stderr[-2000:]
-        for name in {path.name for path in whole.iterdir()} - {"README.md"}:
-            assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
-        assert not list(killed.glob(".*"))
-
-
-def deeper(tiny, tmp_path):
-    """The tiny model with six blocks."""
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.from_pretrained(tiny)
-    config.num_hidden_layers = 6
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(tmp_path / "deep")
-    for file in tiny.glob("tokenizer*"):
-        shutil.copy(file, tmp_path / "deep")
-    return tmp_path / "deep"
