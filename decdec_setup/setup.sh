@@ -28,3 +28,4 @@ done
 "$python" "$room/quantize.py" --model "$model" --method "$method" --bits "$bits" --out "$out" "${grouping[@]}" "${calibration[@]}"
 "$python" "$room/cheatsheet.py" "$out" --model "$model" "${residual[@]}"
 "$python" "$room/thresholds.py" "$out" --model "$model" "${calibration[@]}"
+echo "$out: $SECONDS seconds in all"

@@ -1,16 +1,21 @@
 """Text for calibration and evaluation: datasets by name, local files, or the English text that every Python ships."""
 
+import contextlib
 import hashlib
 import json
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from decdec.errors import UserError
+from decdec.files import atomic, config_hash
 
 BUILT_IN = "pydoc"
 NAMES = ("wikitext", "c4", "pileval", BUILT_IN)
@@ -133,14 +138,33 @@ def windows(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, count: 
 def calibration_samples(text: Text, tokenizer: PreTrainedTokenizerBase, samples: int, length: int, seed: int) -> Tensor:
     """``samples`` windows of ``length`` tokens drawn without overlap by ``seed``: int64 ``(samples, length)``.
 
-    Of a text beyond CALIBRATION_CHARACTERS, documents are drawn first, by the same seed.
+    Of a text beyond CALIBRATION_CHARACTERS, documents are drawn first, by the same seed. What was drawn is kept in
+    :func:`cache_folder`, by tokenizer, text and settings.
     """
+    # The whole of a fast tokenizer, its vocabulary and special tokens included, is this one string.
+    content = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest() if tokenizer.is_fast else None
+    key = config_hash({"tokenizer": content, "text": text.hash, "samples": samples, "length": length, "seed": seed,
+                       "characters": CALIBRATION_CHARACTERS})
+    path = cache_folder() / "calibration" / f"{key}.safetensors"
+    with contextlib.suppress(OSError, SafetensorError, KeyError):  # not there, or damaged: drawn again
+        if content:
+            return load_file(path)["tokens"]
     generator = torch.Generator().manual_seed(seed)
     every = windows(_drawn(text, max(CALIBRATION_CHARACTERS, 32 * samples * length), generator), tokenizer, length)
     if len(every) < samples:
         raise UserError(f"text: {text.name} has {len(every)} windows of {length} tokens, {samples} samples were asked for")
-    order = torch.randperm(len(every), generator=generator)
-    return every[order[:samples]]
+    tokens = every[torch.randperm(len(every), generator=generator)[:samples]]
+    with contextlib.suppress(OSError, SafetensorError):  # a cache that cannot be written saves no time, and does no harm
+        if content:
+            with atomic(path) as temporary:
+                save_file({"tokens": tokens}, temporary)
+    return tokens
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept between runs: ``DECDEC_CACHE``, or ``decdec`` among the user's caches."""
+    chosen = os.environ.get("DECDEC_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "decdec"
 
 
 def _drawn(text: Text, characters: int, generator: torch.Generator) -> Text:

@@ -81,6 +81,27 @@ def test_a_long_text_is_drawn_from_by_the_seed(tiny, monkeypatch):
     assert len(seen[0].documents) == 4 and set(seen[0].documents) < set(documents)
 
 
+def test_drawn_samples_are_kept_by_tokenizer_text_and_settings(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("DECDEC_CACHE", str(tmp_path))
+    drawn = []
+    windows = text.windows
+    monkeypatch.setattr(text, "windows", lambda *args: drawn.append(args[0].name) or windows(*args))
+    one, other = (text.Text(name, (name * 500,)) for name in ("abc ", "xyz "))
+    tokenizer, second = load_tokenizer(str(tiny)), load_tokenizer(str(tiny))
+    second.add_tokens(["abc"])
+    wanted = calibration_samples(one, tokenizer, 3, 16, 0)
+    assert torch.equal(calibration_samples(one, tokenizer, 3, 16, 0), wanted) and drawn == ["abc "]
+    for arguments in ((other, tokenizer, 3, 16, 0), (one, second, 3, 16, 0), (one, tokenizer, 2, 16, 0),
+                      (one, tokenizer, 3, 15, 0), (one, tokenizer, 3, 16, 1)):
+        calibration_samples(*arguments)
+    assert len(drawn) == 6
+    for file in (tmp_path / "calibration").iterdir():
+        file.write_bytes(file.read_bytes()[:20])
+    assert torch.equal(calibration_samples(one, tokenizer, 3, 16, 0), wanted) and len(drawn) == 7
+    monkeypatch.setenv("DECDEC_CACHE", "/proc/none")
+    assert torch.equal(calibration_samples(one, tokenizer, 3, 16, 0), wanted) and len(drawn) == 8
+
+
 def test_texts_of_the_hub_carry_their_revision_and_parts_are_disjoint(monkeypatch):
     import datasets
 

@@ -146,6 +146,7 @@ def test_setup_makes_the_folder_and_a_mistake_is_one_line(tiny, tmp_path):
     calibration = ("--text", "pydoc", "--samples", "2", "--length", "32")
     done = setup(str(tiny), "rtn", "4", "made", *calibration)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("made: ") and done.stdout.rstrip().endswith(" seconds in all")
     assert {"config.json", "model.safetensors", "cheatsheet.pt", "thresholds.pt"} <= {path.name for path in (tmp_path / "made").iterdir()}
     failed = setup(str(tiny), "rtn", "7", "other", *calibration)
     assert failed.returncode == 1 and failed.stderr.strip().splitlines() == ["error: bits: expected one of (2, 3, 4), got 7"]
