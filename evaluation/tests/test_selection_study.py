@@ -1,4 +1,5 @@
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -196,3 +197,22 @@ def test_the_figure_and_its_tables(tmp_path):
     assert f"({lost:+.1f} ± 0.0)" in result.stdout  # the same in every window: no error, however much the windows differ
     assert f"{math.exp(2.4):.2f} ({math.exp(2.4) - math.exp(2.5):+.2f}" in result.stdout
     assert {path.name for path in (tmp_path / "made").iterdir()} == {"selection_study.md", "selection_study_m_awq.pdf", "selection_study_m_awq.png"}
+
+
+def test_at_scale_meets_the_papers_values_and_moves_with_the_bytes(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    shared = {"bench": "selection_study", "model": "M", "method": "awq"}
+    for k_chunk, share in ((0, 0.0), (8, 0.0526), (56, 0.107), (16, 0.07), (128, 0.2)):
+        for variant in ("paper 4", "nested 2"):
+            append_row(rows, shared | {"variant": variant, "k_chunk": k_chunk, "perplexity": 40 * math.exp(-3 * share)})
+    made = run_script(ROOT / "autotuner/at_scale.py", "--gpu", "4050M", "--out", tmp_path / "scale.jsonl")
+    assert made.returncode == 0, made.stderr
+    result = run_script(ROOT / "evaluation/figures/at_scale.py", rows, tmp_path / "scale.jsonl", "--gpu", "4050M", "--target", 5, "--out",
+                        tmp_path / "picture")
+    assert result.returncode == 0, result.stderr
+    row, = (line for line in result.stdout.splitlines() if line.startswith("| 4050M"))
+    paper, nested = re.findall(r"([\d.]+) \(k (\d+)\)", row)
+    assert abs(int(nested[1]) - 2 * int(paper[1])) <= 1 and float(nested[0]) < float(paper[0])
+    assert 56 < int(paper[1]) < 70 and float(paper[0]) == pytest.approx(9.1, abs=0.1)  # the paper: 9.12 at k_chunk 56
+    assert "| llama-3-8b | 3.49 | 2.62 | 1.74 | 0.87 |" in result.stdout and (tmp_path / "picture.png").is_file()
+    assert "no at scale rows" in refused(run_script(ROOT / "evaluation/figures/at_scale.py", rows, "--out", tmp_path / "none"))
