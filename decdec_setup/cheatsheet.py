@@ -46,9 +46,11 @@ def make_cheatsheet(folder: str | Path, model: str | None = None, bits: int | No
     out = Path(out) if out else folder / (CHEATSHEET if layout == "decdec" else f"original/{CHEATSHEET}")
     if layout == "decdec" and _is_there(out, quant, bits, nested):
         return None
+    if nested and quant.ordered:
+        raise UserError(f"nested: expected a folder whose groups are consecutive inputs, {folder} has them in activation order")
     base = BaseModel(local_folder(model or original_of(folder, quant.base_model)))
     layers = _packed_layers(folder, base, nested and quant.format == "uniform", device)
-    return _write(out, layers, len(base.linears()), quant, bits, nested, layout, base.prefix)
+    return _write(out, layers, len(base.linears()) - len(quant.dense), quant, bits, nested, layout, base.prefix)
 
 
 def make_from_two_folders(original: str, quantized: str, out: str | Path, bits: int = 4, layout: str = "decdec") -> Path:
@@ -92,6 +94,8 @@ def _packed_layers(folder: Path, base: BaseModel, scales: bool, device: str) -> 
         return original, quantized.weight(name, shape, device), quantized.parts(name, device)[1] if scales else None
 
     for name, module in base.linears().items():
+        if name in quantized.quant.dense:
+            continue
         yield name, lambda name=name, shape=module.weight.shape: load(name, shape)
 
 

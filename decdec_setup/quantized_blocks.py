@@ -27,8 +27,13 @@ class QuantizedBlocks:
 
     def weight(self, layer: str, shape: tuple[int, int], device: str | torch.device = "cpu") -> Tensor:
         """The weight of ``layer``, float32, of the ``(d_out, d_in)`` that it has in the original."""
+        if layer in self.quant.dense:
+            return self._tensor(f"{layer}.weight").to(device, torch.float32)
         try:
             dense = self._dequantize(*self.parts(layer, device), shape[1], torch.float32)
+            if self.quant.ordered:
+                order = self._tensor(f"{layer}.order").to(device)
+                dense = torch.empty_like(dense).index_copy_(1, order.long(), dense)
         except (ValueError, RuntimeError):  # from tensors that do not go together with these inputs
             dense = torch.empty(0)
         if dense.shape != shape:

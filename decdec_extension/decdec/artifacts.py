@@ -6,6 +6,9 @@ safetensors hold, for each quantized linear layer ``NAME``, its packed base weig
 * codebook: ``NAME.qweight``, ``NAME.codebook``, ``NAME.scale``
 * uniform: ``NAME.qweight``, ``NAME.scales``, ``NAME.zeros``
 
+With ``ordered`` there is ``NAME.order`` too, int32 ``(d_in,)``: packed input ``j`` is the layer's input ``order[j]``. All else,
+residuals and thresholds included, stays in natural order.
+
 Beside them lie ``cheatsheet.pt`` (the residuals) and ``thresholds.pt`` (what calibration saw), each
 ``{"format": ..., "version": 1, "config": {...}, "tensors": {...}}``, in natural order, one entry per linear layer, never fused.
 """
@@ -41,6 +44,8 @@ class QuantConfig:
     weights_hash: str  # over all packed tensors; artifacts of other weights are refused by it
     calibration: dict = field(default_factory=dict)
     layer_bits: dict[str, int] = field(default_factory=dict)  # layers whose bits differ from ``bits`` (3.5-bit models)
+    dense: list[str] = field(default_factory=list)  # layers that were left unquantized, and are not compensated
+    ordered: bool = False  # whether the packed weights of each layer take its inputs in an order of their own
     layout_version: int = TILE_LAYOUT_VERSION
     quant_method: str = QUANT_METHOD
 

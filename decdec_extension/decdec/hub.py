@@ -194,6 +194,8 @@ def empty_packed(name: str, d_out: int, d_in: int, quant: QuantConfig) -> dict[s
         if d_in % group_size:
             raise UserError(f"group_size: {group_size} does not divide the {d_in} inputs of layer {name}")
         shapes |= dict.fromkeys(("scales", "zeros"), ((d_in // group_size, d_out), torch.float16))
+    if quant.ordered:
+        shapes["order"] = ((d_in,), torch.int32)
     return {key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in shapes.items()}
 
 
@@ -248,6 +250,8 @@ def _give_residuals(layers: list[CompensatedLinear], source: Source) -> None:
         if sheet.bits != 16 and any(scale is None for scale in scales):
             raise UserError(f"{source.cheatsheet}: has no residual scale of layer {layer.name}")
         rows = residuals[0] if len(names) == 1 else concatenate_residuals(residuals, widths, sheet.bits)
+        if layer.order is not None:
+            rows = rows[layer.order.cpu()]
         layer.set_residual(rows, None if sheet.bits == 16 else torch.cat(scales, dim=1), sheet.bits, sheet.nested)
 
 
@@ -258,4 +262,7 @@ def _give_thresholds(layers: list[CompensatedLinear], source: Source) -> None:
         name = layer.parts[0][0]
         if name not in thresholds.largest:
             raise UserError(f"{path}: has no thresholds of layer {name}")
-        layer.set_thresholds(thresholds.largest[name], thresholds.mean_square[name])
+        mean_square = thresholds.mean_square[name]
+        if layer.order is not None:
+            mean_square = mean_square[layer.order.cpu()]
+        layer.set_thresholds(thresholds.largest[name], mean_square)

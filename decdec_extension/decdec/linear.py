@@ -51,6 +51,8 @@ class CompensatedLinear(nn.Module):
 
     ``packed`` holds ``qweight``, ``codebook``, ``scale`` or ``qweight``, ``scales``, ``zeros`` (layouts:
     :mod:`decdec.packing`, :mod:`decdec.ops`); they become buffers that follow ``.to(device)`` but keep their dtypes.
+    ``order`` int32 ``(in_features,)``, if given, is the order in which the packed weights take the inputs (GPTQ's
+    activation order); residual rows and thresholds are then given in it too.
     ``bias`` is ``(out_features,)``. ``parts`` are the names and widths of the layers fused into this one. The residual
     rows are a plain attribute: no ``state_dict`` holds them, and ``.to()`` a GPU pins them in host memory
     (:mod:`decdec.placement`; :func:`decdec.hub.set_compensation` pins those of all layers at once).
@@ -68,6 +70,10 @@ class CompensatedLinear(nn.Module):
         for key in names:
             self.register_buffer(key, packed[key])
         self.register_buffer("bias", bias)
+        if "order" in packed:
+            self.register_buffer("order", packed["order"])
+        else:
+            self.order = None
         self._exact_dtypes = names
         self.out_features = packed["codebook"].shape[0] if self.format == "codebook" else packed["scales"].shape[1]
         self.bits = self.qweight.shape[2]
@@ -151,7 +157,7 @@ class CompensatedLinear(nn.Module):
         self.compensation = compensation
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(x.numel() // self.in_features, self.in_features)
+        rows = self._taken(x.reshape(x.numel() // self.in_features, self.in_features))
         decoding = x.dim() < 2 or x.shape[-2] == 1
         compensated = self.compensation.k_chunk > 0 and (decoding or self.compensation.prefill)
         if 0 < rows.shape[0] <= FEW_ROWS:
@@ -167,7 +173,11 @@ class CompensatedLinear(nn.Module):
         """
         if self.bias is not None:
             return stream + self(x)
-        return self._by_gemv(x, self.compensation.k_chunk > 0, stream.view(-1))
+        return self._by_gemv(self._taken(x), self.compensation.k_chunk > 0, stream.view(-1))
+
+    def _taken(self, rows: Tensor) -> Tensor:
+        """``rows`` with the inputs in the order of the packed weights."""
+        return rows if self.order is None else rows.index_select(1, self.order)
 
     def _by_gemv(self, rows: Tensor, compensated: bool, bias: Tensor | None) -> Tensor:
         if not compensated:
@@ -181,7 +191,7 @@ class CompensatedLinear(nn.Module):
                                                                     self.out_features)
 
     def _by_matmul(self, rows: Tensor, compensated: bool) -> Tensor:
-        out = F.linear(rows, self.dequantize(rows.dtype), self.bias)
+        out = F.linear(rows, self._dense(rows.dtype), self.bias)
         if compensated:
             residual = ops.residual_dequantize(*self._residual(), self.out_features, rows.dtype)
             for part, part_out in zip(rows.split(ROWS_AT_ONCE), out.split(ROWS_AT_ONCE)):
@@ -195,12 +205,17 @@ class CompensatedLinear(nn.Module):
         return self.residual, self.residual_scale, self.residual_bits, self.nested
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The base weights ``W_q`` as ``(out_features, in_features)`` in ``dtype``."""
+        """The base weights ``W_q`` as ``(out_features, in_features)`` in ``dtype``, the inputs in their natural order."""
+        dense = self._dense(dtype)
+        return dense if self.order is None else torch.empty_like(dense).index_copy_(1, self.order.long(), dense)
+
+    def _dense(self, dtype: torch.dtype) -> Tensor:
         dequantize = ops.codebook_dequantize if self.format == "codebook" else ops.uniform_dequantize
         return dequantize(*self._base(), self.in_features, dtype)
 
     def channels(self, rows: Tensor) -> Tensor:
-        """Channels to compensate, int32 ``(rows, k)``, -1 where a chunk has too few finite values."""
+        """Channels to compensate of ``rows`` in the packed weights' order, int32 ``(rows, k)``, -1 where a chunk has too
+        few finite values."""
         setting = self.compensation
         if setting.selection == "static":
             return self.static_channels.expand(len(rows), -1).contiguous()
@@ -253,6 +268,11 @@ def fuse(layers: Sequence[CompensatedLinear], name: str) -> CompensatedLinear:
         if len({layer.scales.shape[0] for layer in layers}) > 1:
             raise UserError(f"{name}: cannot fuse layers of different group sizes")
         packed |= {key: torch.cat([getattr(layer, key) for layer in layers], dim=1) for key in ("scales", "zeros")}
+    if any((layer.order is None) != (first.order is None) or
+           (first.order is not None and not torch.equal(layer.order, first.order)) for layer in layers):
+        raise UserError(f"{name}: cannot fuse layers that take their inputs in different orders")
+    if first.order is not None:
+        packed["order"] = first.order
     bias = None
     if any(layer.bias is not None for layer in layers):
         given = next(layer.bias for layer in layers if layer.bias is not None)

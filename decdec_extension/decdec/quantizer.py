@@ -41,6 +41,8 @@ class DecdecQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
         quant = self.quantization_config.quant
         for name, linear in decoder_linears(model).items():
+            if name in quant.dense:
+                continue
             packed = hub.empty_packed(name, linear.out_features, linear.in_features, quant)
             bias = None if linear.bias is None else linear.bias.detach()
             hub.replace(model, name, CompensatedLinear(name, linear.in_features, packed, bias))

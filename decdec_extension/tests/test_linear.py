@@ -150,6 +150,43 @@ def test_fuse_then_pack_equals_pack_then_fuse(form, widths, residual_bits):
         assert_close(fused(x), torch.cat([layer(x) for layer in layers], dim=1), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("selection", ["exact", "static"])
+def test_inputs_in_an_order_of_the_packed_weights(selection):
+    """A layer whose weights, rows and mean squares are permuted gives what the plain one gives, fused or not."""
+    plain = [make_layer(200, width, "uniform", seed=i, name=f"x.{part}_proj") for i, (width, part) in enumerate(
+        zip((32, 16), "qk"))]
+    order = torch.randperm(200)
+    layers = []
+    for layer in plain:
+        # A layer that takes its input i at place j = inverse[i]; all groups alike, so that they stay what they are.
+        for part in ("scales", "zeros"):
+            setattr(layer, part, getattr(layer, part)[:1].expand_as(getattr(layer, part)).contiguous())
+        codes = packing.unpack_codes(layer.qweight, layer.out_features, 200)[:, order]
+        packed = {"qweight": packing.pack_codes(codes, layer.bits), "scales": layer.scales, "zeros": layer.zeros}
+        other = CompensatedLinear(layer.name, 200, packed | {"order": order.int()}, layer.bias)
+        other.set_residual(layer.residual[order], layer.residual_scale, layer.residual_bits, layer.nested)
+        seen = layer.thresholds
+        other.set_thresholds(seen.largest[layer.name], seen.mean_square[layer.name][order])
+        assert torch.equal(other.dequantize(torch.float32), layer.dequantize(torch.float32))
+        layers.append(other)
+    for rows in (1, 20):
+        x = torch.randn((rows, 1, 200) if rows == 1 else (rows, 200))
+        for setting in (Compensation(), Compensation(64, selection, prefill=True)):
+            for layer in (*plain, *layers):
+                layer.compensate(setting)
+            want = torch.cat([layer(x) for layer in plain], dim=-1)
+            assert_close(torch.cat([layer(x) for layer in layers], dim=-1), want, rtol=1e-4, atol=1e-4)
+            if selection == "exact":
+                assert_close(fuse(layers, "x.qkv_proj")(x), want, rtol=1e-4, atol=1e-4)
+    x = torch.randn((1, 200))
+    stream = torch.randn((1, 32))
+    layers[0].bias = None
+    assert_close(layers[0].add(stream, x), stream + layers[0](x), rtol=1e-4, atol=1e-4)
+    layers[1].order = layers[1].order.flip(0)
+    with pytest.raises(UserError, match="different orders"):
+        fuse(layers, "x.qkv_proj")
+
+
 def test_layers_that_differ_are_not_fused():
     with pytest.raises(UserError, match="bits differ"):
         fuse([make_layer(bits=3), make_layer(bits=4)], "x.qkv_proj")
