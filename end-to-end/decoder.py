@@ -110,14 +110,14 @@ class Block(nn.Module):
         x = x + self.o(attended[0].transpose(0, 1).reshape(len(x), heads * self.head_dim))
         return x + self.d(self._gated(self.gu(self.mlp_norm(x))))
 
-    def step(self, x: Tensor, position: Tensor, rotary: Rotary, keys: Tensor, values: Tensor,
+    def step(self, x: Tensor, position: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, live_at_most: int,
              workspace: Tensor) -> Tensor:
-        """One token ``x`` ``(1, hidden)`` at ``position`` int64 ``(1,)``; the caches and ``workspace`` as
-        :func:`decdec.decode_ops.attend` takes them."""
+        """One token ``x`` ``(1, hidden)`` at ``position`` int64 ``(1,)``; the rest as :func:`decdec.decode_ops.attend`
+        takes it."""
         norms = (None, None, 1e-6) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
         attended = decode_ops.attend(self.qkv(self.input_norm(x)), position, keys, values, rotary.frequencies,
                                      rotary.scaling, rotary.long_from, self.scaling, self.window or 0, *norms,
-                                     workspace)
+                                     live_at_most, workspace)
         x = _add(x, self.o, attended)
         return _add(x, self.d, self._gated(self.gu(self.mlp_norm(x))))
 
@@ -202,11 +202,14 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     @torch.inference_mode()
-    def step(self, token: Tensor, position: Tensor) -> Tensor:
-        """Logits float32 ``(vocab,)`` after one more ``token`` int64 ``(1,)`` at ``position`` int64 ``(1,)``."""
+    def step(self, token: Tensor, position: Tensor, live_at_most: int = 0) -> Tensor:
+        """Logits float32 ``(vocab,)`` after one more ``token`` int64 ``(1,)`` at ``position`` int64 ``(1,)``.
+
+        ``live_at_most``: a bound of the tokens read, this one included, if one is known (0: none).
+        """
         x = self.embed(token)
         for block, keys, values in zip(self.blocks, self.keys, self.values):
-            x = block.step(x, position, self.rotary, keys, values, self.workspace)
+            x = block.step(x, position, self.rotary, keys, values, live_at_most, self.workspace)
         return self.head(self.norm(x))
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from decdec import decode_ops
 from decdec.errors import UserError
 
 
@@ -48,6 +49,7 @@ class Sampler:
         self.temperature = torch.ones((), device=device)
         self.top_k = torch.ones((), dtype=torch.int64, device=device)
         self.top_p = torch.ones((), device=device)
+        self.workspace = torch.zeros(16, dtype=torch.uint8, device=device)
         self.form = "greedy"
 
     def set(self, sampling: Sampling, vocabulary: int) -> None:
@@ -62,11 +64,11 @@ class Sampler:
     def next_token(self, logits: Tensor) -> Tensor:
         """The next token, int64 ``(1,)``, from ``logits`` ``(vocab,)``."""
         if self.form == "greedy":
-            return logits.argmax().view(1)
+            return decode_ops.argmax(logits[None], self.workspace)
         if self.form == "cut":
             likely = probabilities(logits, self.temperature, self.top_k, self.top_p)
         else:
             likely = (logits.float() / self.temperature).softmax(0)
         # The first of independent exponential clocks with these rates: a draw that never leaves the device.
         clocks = torch.empty_like(likely).exponential_(generator=self.generator)
-        return (likely / clocks).argmax().view(1)
+        return decode_ops.argmax((likely / clocks)[None], self.workspace)

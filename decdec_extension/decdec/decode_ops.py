@@ -12,7 +12,7 @@ from decdec import _library, reference
 
 _library.load()
 _ops = torch.ops.decdec
-for _name in ("rms_norm", "silu_mul", "attend"):
+for _name in ("rms_norm", "silu_mul", "attend", "argmax"):
     torch.library.impl(f"decdec::{_name}", "CPU")(getattr(reference, _name))
 
 
@@ -37,7 +37,7 @@ def silu_mul(x: Tensor) -> Tensor:
 
 def attend(qkv: Tensor, position: Tensor, keys: Tensor, values: Tensor, frequencies: Tensor, rotary_scaling: float,
            long_from: int, scaling: float, window: int, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
-           eps: float = 1e-6, workspace: Tensor | None = None) -> Tensor:
+           eps: float = 1e-6, live_at_most: int = 0, workspace: Tensor | None = None) -> Tensor:
     """Attention of one token at ``position`` int64 ``(1,)``: ``(1, heads * head_dim)`` in the dtype of ``qkv``.
 
     ``qkv`` is ``(1, (heads + 2 kv_heads) * head_dim)``. Its key, normed by ``k_norm`` ``(head_dim,)`` if given and turned by
@@ -47,12 +47,14 @@ def attend(qkv: Tensor, position: Tensor, keys: Tensor, values: Tensor, frequenc
     of a head; positions from ``long_from`` on take the last row. Sines and cosines are multiplied by
     ``rotary_scaling``, scores by ``scaling``.
 
-    On a GPU ``head_dim`` is a multiple of 8 and at most 256, the cost goes with the live length, and ``workspace`` is
-    uint8, all zero between calls, ``4 * heads`` bytes; calls that may overlap need one each. The order of sums depends
-    on the number of SMs alone.
+    On a GPU ``head_dim`` is a multiple of 8 and at most 256, and the cost goes with the live length; ``live_at_most``, a
+    bound of it that is known (0: none), makes short sequences faster. ``workspace`` is uint8, all zero between calls,
+    ``4 * heads`` bytes; calls that may overlap need one each. ``position`` and earlier places are read while the kernel
+    of this library that comes just before still runs: it must not write them. The order of sums depends on
+    ``live_at_most`` and the number of SMs alone.
     """
     return _ops.attend(qkv, position, keys, values, frequencies, rotary_scaling, long_from, scaling, window, q_norm,
-                       k_norm, eps, workspace)
+                       k_norm, eps, live_at_most, workspace)
 
 
 def head_gemv(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -62,6 +64,19 @@ def head_gemv(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     multiple of 8, of int8 weights of 16.
     """
     return _ops.head_gemv(x, weight, scale)
+
+
+def argmax(x: Tensor, workspace: Tensor | None = None) -> Tensor:
+    """Where the largest of ``x`` float32 ``(1, width)`` is, int64 ``(1,)``: the lowest place of equals, NaN above all.
+
+    On a GPU ``workspace`` is uint8, all zero between calls, 16 bytes; calls that may overlap need one each.
+    """
+    return _ops.argmax(x, workspace)
+
+
+@torch.library.register_fake("decdec::argmax")
+def _(x, workspace=None):
+    return x.new_empty((1,), dtype=torch.int64)
 
 
 @torch.library.register_fake("decdec::rms_norm")
@@ -76,7 +91,7 @@ def _(x):
 
 @torch.library.register_fake("decdec::attend")
 def _(qkv, position, keys, values, frequencies, rotary_scaling, long_from, scaling, window, q_norm=None, k_norm=None,
-      eps=1e-6, workspace=None):
+      eps=1e-6, live_at_most=0, workspace=None):
     return qkv.new_empty((1, qkv.shape[1] - 2 * keys.shape[0] * keys.shape[2]))
 
 

@@ -163,7 +163,7 @@ def rotate(x: Tensor, positions: Tensor, frequencies: Tensor, rotary_scaling: fl
 
 def attend(qkv: Tensor, position: Tensor, keys: Tensor, values: Tensor, frequencies: Tensor, rotary_scaling: float,
            long_from: int, scaling: float, window: int, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
-           eps: float = 1e-6, workspace: Tensor | None = None) -> Tensor:
+           eps: float = 1e-6, live_at_most: int = 0, workspace: Tensor | None = None) -> Tensor:
     kv_heads, _, head_dim = keys.shape
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     q, k, v = qkv.view(1, -1, head_dim).split((heads, kv_heads, kv_heads), dim=1)
@@ -182,3 +182,7 @@ def attend(qkv: Tensor, position: Tensor, keys: Tensor, values: Tensor, frequenc
 def head_gemv(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     logits = x.float() @ weight.float().t()
     return logits if scale is None else logits * scale
+
+
+def argmax(x: Tensor, workspace: Tensor | None = None) -> Tensor:
+    return x.argmax(dim=1)

@@ -12,7 +12,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = [pytest.param("cpu", torch.float32), pytest.param("cuda", torch.float16, marks=gpu),
            pytest.param("cuda", torch.bfloat16, marks=gpu)]
 # heads, kv_heads, head_dim, rotary, window, q/k norms, live lengths
-SHAPES = [(4, 4, 64, 64, 0, False, (1, 2, 64, 65, 300)), (8, 2, 128, 128, 0, False, (1, 63, 64, 65, 129, 200, 1999)),
+SHAPES = [(4, 4, 64, 64, 0, False, (1, 2, 64, 65, 300)), (8, 2, 128, 128, 0, False, (1, 63, 64, 65, 128, 129, 200, 255, 1999)),
           (14, 2, 128, 128, 0, True, (5, 700)), (9, 3, 64, 64, 100, False, (99, 100, 101, 500)),
           (4, 4, 96, 48, 0, False, (7, 130)), (2, 1, 16, 16, 3, True, (2, 9)), (8, 1, 256, 256, 0, False, (3, 1000)),
           (24, 2, 80, 40, 0, False, (333,))]
@@ -57,7 +57,8 @@ def test_attend(shape, device, dtype):
         row = frequencies[int(live - 1 >= 64)]
         want, key = attention(qkv, live - 1, keys, values, row, 1.1, 0.2, window, norms)
         before = keys.clone(), values.clone()
-        got = ops.attend(qkv, at, keys, values, frequencies, 1.1, 64, 0.2, window, *norms, 1e-6, workspace)
+        bound = max(live, 200) if live % 2 else 0  # one way or the other
+        got = ops.attend(qkv, at, keys, values, frequencies, 1.1, 64, 0.2, window, *norms, 1e-6, bound, workspace)
         assert_close(got.double(), want, **tolerance(dtype))
         assert_close(keys[:, live - 1].double(), key, **tolerance(dtype))
         assert torch.equal(values[:, live - 1], qkv.view(-1, dim)[heads + kv_heads:])
@@ -89,13 +90,27 @@ def test_head(vocabulary, width, device, dtype):
     assert_close(ops.head_gemv(x, small, scale).double(), x.double() @ small.double().t() * scale, rtol=1e-3, atol=2e-2)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_argmax_takes_the_lowest_of_equals_and_nan_above_all(device):
+    workspace = torch.zeros(16, dtype=torch.uint8, device=device)
+    for width in (1, 5, 1000, 128256):
+        x = torch.randn(1, width, device=device) - 5
+        assert ops.argmax(x, workspace).tolist() == [int(x.argmax())]
+        x[0, width // 2:] = x.max() + 1
+        assert ops.argmax(x, workspace).tolist() == [width // 2]
+        x[0, width - 1] = torch.nan
+        assert ops.argmax(x, workspace).tolist() == [width - 1]
+        assert not workspace.any()
+    assert ops.argmax(torch.tensor([[-1.0, -0.0, 0.0]], device=device)).tolist() == [1]
+
+
 @pytest.mark.parametrize("device, dtype", DEVICES)
 def test_schemas_and_fakes_hold(device, dtype):
     x = torch.randn(2, 64, device=device).to(dtype)
     keys = torch.zeros(2, 16, 16, device=device, dtype=dtype)
     position = torch.tensor([3], device=device)
     for op, arguments in ((ops._ops.rms_norm, (x, x[0].clone(), 1e-6)), (ops._ops.silu_mul, (x,)),
-                          (ops._ops.head_gemv, (x[:1], x)),
+                          (ops._ops.head_gemv, (x[:1], x)), (ops._ops.argmax, (x[:1].float(),)),
                           (ops._ops.attend, (x.view(1, 128), position, keys, keys.clone(),
                                              torch.rand(1, 8, device=device), 1.0, 0, 0.25, 0))):
         torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -107,7 +122,7 @@ def test_attend_follows_its_position_in_a_captured_graph():
     caches = [torch.randn(2, 512, 64, device="cuda").half() for _ in range(2)]
     frequencies, position = torch.rand(1, 32, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
     workspace = torch.zeros(64, dtype=torch.uint8, device="cuda")
-    rest = (frequencies, 1.0, 0, 0.125, 0, None, None, 1e-6, workspace)
+    rest = (frequencies, 1.0, 0, 0.125, 0, None, None, 1e-6, 0, workspace)
     ops.attend(qkv, position, *(cache.clone() for cache in caches), *rest)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

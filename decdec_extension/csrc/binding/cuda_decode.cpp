@@ -49,7 +49,7 @@ Tensor silu_mul(const Tensor& x) {
 
 Tensor attend(const Tensor& qkv, const Tensor& position, Tensor keys, Tensor values, const Tensor& frequencies,
               double rotary_scaling, int64_t long_from, double scaling, int64_t window, const OptionalTensor& q_norm,
-              const OptionalTensor& k_norm, double eps, const OptionalTensor& workspace) {
+              const OptionalTensor& k_norm, double eps, int64_t live_at_most, const OptionalTensor& workspace) {
   const char* op = "attend";
   check_vectors(op, qkv, kVector);
   if (keys.dim() != 3 || keys.size(0) < 1 || keys.size(1) < 1 || keys.size(2) % kVector != 0 ||
@@ -72,8 +72,9 @@ Tensor attend(const Tensor& qkv, const Tensor& position, Tensor keys, Tensor val
   if (k_norm) check_tensor(op, "k_norm", *k_norm, qkv.scalar_type(), {dim}, qkv);
   if (window < 0) fail(op, "window", "at least 0", window);
   const OnDevice device(qkv);
+  const bool few = live_at_most > 0 && live_at_most <= cuda::kShort;
   const cuda::AttendGrid grid =
-      cuda::attend_grid(static_cast<int>(heads), static_cast<int>(kv_heads), static_cast<int>(dim), places);
+      cuda::attend_grid(static_cast<int>(heads), static_cast<int>(kv_heads), static_cast<int>(dim), places, few);
   const int64_t bytes = 4 * kv_heads * grid.groups;
   check_workspace(op, workspace, bytes, qkv);
   OptionalTensor own;
@@ -98,6 +99,7 @@ Tensor attend(const Tensor& qkv, const Tensor& position, Tensor keys, Tensor val
   p.kv_heads = static_cast<int>(kv_heads);
   p.groups = grid.groups;
   p.splits = grid.splits;
+  p.few = few;
   p.head_dim = static_cast<int>(dim);
   p.rotary = static_cast<int>(2 * frequencies.size(1));
   p.places = places;
@@ -128,6 +130,25 @@ Tensor head_gemv(const Tensor& x, const Tensor& weight, const OptionalTensor& sc
   return out;
 }
 
+Tensor argmax(const Tensor& x, const OptionalTensor& workspace) {
+  const char* op = "argmax";
+  check_tensor(op, "x", x, ScalarType::Float, {1, x.dim() == 2 ? x.size(1) : 0}, x);
+  if (x.size(1) < 1 || x.size(1) > INT32_MAX) fail(op, "x", "at least one number", describe(x));
+  constexpr int64_t kBytes = 16;
+  check_workspace(op, workspace, kBytes, x);
+  const OnDevice device(x);
+  OptionalTensor own;
+  if (!workspace) {
+    own = torch::stable::new_empty(x, {kBytes}, ScalarType::Byte);
+    torch::stable::zero_(*own);
+  }
+  Tensor out = torch::stable::new_empty(x, {1}, ScalarType::Long);
+  cuda::launch_argmax({data<float>(x), static_cast<int64_t*>(out.data_ptr()),
+                       static_cast<uint64_t*>((workspace ? *workspace : *own).data_ptr()), static_cast<int>(x.size(1))},
+                      device.stream);
+  return out;
+}
+
 }  // namespace
 
 }  // namespace decdec
@@ -136,5 +157,6 @@ STABLE_TORCH_LIBRARY_IMPL(decdec, CUDA, m) {
   m.impl("rms_norm", TORCH_BOX(&decdec::rms_norm));
   m.impl("silu_mul", TORCH_BOX(&decdec::silu_mul));
   m.impl("attend", TORCH_BOX(&decdec::attend));
+  m.impl("argmax", TORCH_BOX(&decdec::argmax));
   m.impl("head_gemv", TORCH_BOX(&decdec::head_gemv));
 }

@@ -51,7 +51,8 @@ STABLE_TORCH_LIBRARY(decdec, m) {
   m.def(
       "attend(Tensor qkv, Tensor position, Tensor(a!) keys, Tensor(b!) values, Tensor frequencies, float "
       "rotary_scaling, int long_from, float scaling, int window, Tensor? q_norm=None, Tensor? k_norm=None, float "
-      "eps=1e-6, Tensor? workspace=None) -> Tensor");
+      "eps=1e-6, int live_at_most=0, Tensor? workspace=None) -> Tensor");
+  m.def("argmax(Tensor x, Tensor? workspace=None) -> Tensor");
   m.def("head_gemv(Tensor x, Tensor weight, Tensor? scale=None) -> Tensor");
 }
 

@@ -1,9 +1,9 @@
 // Attention of one token: q/k norm, rotary positions, its key and value into the cache, and the live places attended.
 //
-// A block serves the query heads that share a key/value head, for a slice of the places; the slices follow the live
-// length, which is read on the device, so one captured launch serves any length and blocks without a slice leave at
-// once. Groups of lanes walk over places, each with its own running softmax; these are merged in the block, and the
-// blocks' in the last of them to finish.
+// A block serves query heads that share a key/value head, for a slice of the places; the slices follow the live length,
+// which is read on the device, so one captured launch serves any length and blocks without a slice leave at once.
+// Groups of lanes walk over places, each with its own running softmax; these are merged in the block, and the blocks' in
+// the last of them to finish. Earlier keys and values are fetched while the kernel ahead still makes the new ones.
 
 #pragma once
 
@@ -12,12 +12,27 @@
 
 namespace decdec::cuda {
 
-constexpr int kPlacesAtOnce = 4;  // keys and values on the way to a lane
+// What a lane turns: pairs lane, lane + 32, ... of a head.
+struct Turn {
+  float cosine[kMaxHeadDim / 64], sine[kMaxHeadDim / 64];
+
+  __device__ Turn(const AttendParams& p, int64_t position) {
+    const int pairs = p.rotary / 2;
+    const float* frequencies = p.frequencies + (position >= p.long_from ? pairs : 0);
+#pragma unroll
+    for (int n = 0; n < kMaxHeadDim / 64; ++n) {
+      const int i = threadIdx.x % 32 + 32 * n;
+      if (i >= pairs) break;
+      sincosf(float(position) * __ldg(frequencies + i), sine + n, cosine + n);
+      sine[n] *= p.rotary_scaling, cosine[n] *= p.rotary_scaling;
+    }
+  }
+};
 
 // One head's vector by one warp: read, normed if there is a norm, turned by the position; left in `to` as floats.
 template <Dtype kDtype>
-__device__ inline void prepare_head(const AttendParams& p, int from_head, const void* norm, int64_t position, float* to) {
-  const int lane = threadIdx.x % 32;
+__device__ inline void prepare_head(const AttendParams& p, int from_head, const void* norm, const Turn& turn, float* to) {
+  const int lane = threadIdx.x % 32, pairs = p.rotary / 2;
   float square = 0;
   for (int d = lane; d < p.head_dim; d += 32) {
     const float v = load_element(p.qkv, int64_t{from_head} * p.head_dim + d, kDtype);
@@ -31,21 +46,20 @@ __device__ inline void prepare_head(const AttendParams& p, int from_head, const 
     }
   }
   __syncwarp();
-  const int pairs = p.rotary / 2;
-  const float* frequencies = p.frequencies + (position >= p.long_from ? pairs : 0);
-  for (int i = lane; i < pairs; i += 32) {
-    float sine, cosine;
-    sincosf(float(position) * __ldg(frequencies + i), &sine, &cosine);
-    sine *= p.rotary_scaling, cosine *= p.rotary_scaling;
+#pragma unroll
+  for (int n = 0; n < kMaxHeadDim / 64; ++n) {
+    const int i = lane + 32 * n;
+    if (i >= pairs) break;
     const float a = to[i], b = to[pairs + i];
-    to[i] = a * cosine - b * sine;
-    to[pairs + i] = b * cosine + a * sine;
+    to[i] = a * turn.cosine[n] - b * turn.sine[n];
+    to[pairs + i] = b * turn.cosine[n] + a * turn.sine[n];
   }
   __syncwarp();
 }
 
-// kLanes lanes read a place's key or value, eight numbers each; kHeads query heads are served.
-template <Dtype kDtype, int kLanes, int kHeads>
+// kLanes lanes read a place's key or value, eight numbers each; kHeads query heads are served; kAtOnce keys and values
+// are on the way to a lane.
+template <Dtype kDtype, int kLanes, int kHeads, int kAtOnce>
 __global__ void __launch_bounds__(kAttendThreads) attend_kernel(const __grid_constant__ AttendParams p) {
   constexpr int kWide = 8 * kLanes;  // head_dim, rounded up
   constexpr int kRows = 32 / kLanes;
@@ -53,10 +67,11 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(const __grid_con
   __shared__ float merged[kAttendWarps][kHeads][kWide];
   __shared__ float2 weights[kAttendWarps][kHeads];  // largest score, weight
   __shared__ float key[kWide];
+  __shared__ __align__(16) uint16_t new_key[kWide], new_value[kWide];
   __shared__ bool last_block;
   allow_next_kernel();
-  wait_for_last_kernel();
 
+  // Position and earlier places are not the kernel ahead's work.
   const int64_t position = *p.position;
   const int64_t live = min(position + 1, p.places), begin = p.window ? max(live - p.window, int64_t{0}) : 0;
   const int span = int(live - begin);
@@ -72,24 +87,43 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(const __grid_con
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, dim = p.head_dim;
   uint16_t* keys = static_cast<uint16_t*>(p.keys) + int64_t{kv_head} * p.places * dim;
   uint16_t* values = static_cast<uint16_t*>(p.values) + int64_t{kv_head} * p.places * dim;
+  const int piece = lane % kLanes;
+  const bool reads = 8 * piece < dim;
+  constexpr int kStride = kAttendWarps * kRows;
+  int64_t start = first + warp * kRows + lane / kLanes;
+  uint4 k[kAtOnce], v[kAtOnce];
+  const auto fetch = [&] {
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int64_t place = start + u * kStride;
+      k[u] = v[u] = make_uint4(0, 0, 0, 0);
+      if (place < min(end, live - 1) && reads) {
+        k[u] = *reinterpret_cast<const uint4*>(keys + place * dim + 8 * piece);
+        v[u] = *reinterpret_cast<const uint4*>(values + place * dim + 8 * piece);
+      }
+    }
+  };
+  fetch();
+  const Turn turn(p, position);
+  wait_for_last_kernel();
+
   for (int h = warp; h < kHeads; h += kAttendWarps) {
     for (int d = dim + lane; d < kWide; d += 32) queries[h][d] = 0;
-    if (h < heads) prepare_head<kDtype>(p, head + h, p.q_norm, position, queries[h]);
+    if (h < heads) prepare_head<kDtype>(p, head + h, p.q_norm, turn, queries[h]);
     // Scores are powers of two from here on.
     for (int d = lane; d < dim; d += 32) queries[h][d] = h < heads ? queries[h][d] * (p.scaling * 1.44269504f) : 0.f;
   }
   if (end == live && warp == kAttendWarps - 1) {  // every group of heads writes the same
-    prepare_head<kDtype>(p, p.heads + kv_head, p.k_norm, position, key);
+    prepare_head<kDtype>(p, p.heads + kv_head, p.k_norm, turn, key);
     for (int d = lane; d < dim; d += 32) {
-      store_element(keys, (live - 1) * dim + d, kDtype, key[d]);
-      values[(live - 1) * dim + d] =
-          static_cast<const uint16_t*>(p.qkv)[int64_t{p.heads + p.kv_heads + kv_head} * dim + d];
+      store_element(new_key, d, kDtype, key[d]);
+      new_value[d] = static_cast<const uint16_t*>(p.qkv)[int64_t{p.heads + p.kv_heads + kv_head} * dim + d];
+      keys[(live - 1) * dim + d] = new_key[d];
+      values[(live - 1) * dim + d] = new_value[d];
     }
   }
   __syncthreads();
 
-  const int piece = lane % kLanes;
-  const bool reads = 8 * piece < dim;
   float query[kHeads][8], sum[kHeads][8], largest[kHeads], weight[kHeads];
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
@@ -97,22 +131,17 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(const __grid_con
 #pragma unroll
     for (int j = 0; j < 8; ++j) query[h][j] = queries[h][8 * piece + j], sum[h][j] = 0;
   }
-  constexpr int kStride = kAttendWarps * kRows;
-  for (int64_t start = first + warp * kRows + lane / kLanes; start - lane / kLanes < end;
-       start += kStride * kPlacesAtOnce) {
-    uint4 k[kPlacesAtOnce], v[kPlacesAtOnce];
+  while (start - lane / kLanes < end) {
 #pragma unroll
-    for (int u = 0; u < kPlacesAtOnce; ++u) {
-      const int64_t place = start + u * kStride;
-      k[u] = v[u] = make_uint4(0, 0, 0, 0);
-      if (place < end && reads) {
-        k[u] = *reinterpret_cast<const uint4*>(keys + place * dim + 8 * piece);
-        v[u] = *reinterpret_cast<const uint4*>(values + place * dim + 8 * piece);
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (start + u * kStride == live - 1 && reads) {
+        k[u] = *reinterpret_cast<const uint4*>(new_key + 8 * piece);
+        v[u] = *reinterpret_cast<const uint4*>(new_value + 8 * piece);
       }
     }
-    float score[kPlacesAtOnce][kHeads];
+    float score[kAtOnce][kHeads];
 #pragma unroll
-    for (int u = 0; u < kPlacesAtOnce; ++u) {
+    for (int u = 0; u < kAtOnce; ++u) {
       float numbers[8];
       unpack<kDtype>(k[u], numbers);
 #pragma unroll
@@ -126,7 +155,7 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(const __grid_con
 #pragma unroll
     for (int mask = kLanes / 2; mask > 0; mask /= 2) {
 #pragma unroll
-      for (int u = 0; u < kPlacesAtOnce; ++u) {
+      for (int u = 0; u < kAtOnce; ++u) {
 #pragma unroll
         for (int h = 0; h < kHeads; ++h) score[u][h] += __shfl_xor_sync(0xffffffff, score[u][h], mask);
       }
@@ -135,7 +164,7 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(const __grid_con
     for (int h = 0; h < kHeads; ++h) {
       float top = largest[h];
 #pragma unroll
-      for (int u = 0; u < kPlacesAtOnce; ++u) {
+      for (int u = 0; u < kAtOnce; ++u) {
         if (start + u * kStride >= end) score[u][h] = -INFINITY;
         top = fmaxf(top, score[u][h]);
       }
@@ -145,10 +174,10 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(const __grid_con
 #pragma unroll
       for (int j = 0; j < 8; ++j) sum[h][j] *= shrink;
 #pragma unroll
-      for (int u = 0; u < kPlacesAtOnce; ++u) weight[h] += score[u][h] = exp2f(score[u][h] - top);
+      for (int u = 0; u < kAtOnce; ++u) weight[h] += score[u][h] = exp2f(score[u][h] - top);
     }
 #pragma unroll
-    for (int u = 0; u < kPlacesAtOnce; ++u) {
+    for (int u = 0; u < kAtOnce; ++u) {
       float numbers[8];
       unpack<kDtype>(v[u], numbers);
 #pragma unroll
@@ -157,6 +186,8 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(const __grid_con
         for (int j = 0; j < 8; ++j) sum[h][j] = fmaf(score[u][h], numbers[j], sum[h][j]);
       }
     }
+    start += kStride * kAtOnce;
+    fetch();
   }
 
   // The groups of lanes of a warp, then the warps.

@@ -13,6 +13,8 @@ constexpr int kMaxHeadDim = 256;
 constexpr int kMaxSplits = 32;  // blocks that share the cached places of a key/value head
 constexpr int kMinPlaces = 64;  // of a block: fewer are not worth the meeting of blocks
 
+constexpr int kShort = 256;     // live places up to which a block of its own for every query head is fastest
+
 // Lanes that read a cached key together, eight numbers each.
 constexpr int attend_lanes(int head_dim) { return head_dim <= 64 ? 8 : head_dim <= 128 ? 16 : 32; }
 
@@ -61,10 +63,18 @@ struct AttendParams {
   int64_t window;     // last places seen, 0: all
   int64_t long_from;  // positions from here on take the second row of frequencies
   int splits;
+  int few;  // 1: for short sequences
   float rotary_scaling;
   float scaling;
   float eps;
   Dtype dtype;
+};
+
+struct ArgmaxParams {
+  const float* x;       // (width,)
+  int64_t* out;         // (1,)
+  uint64_t* workspace;  // (2,), all zero between calls: the best so far, blocks that are done
+  int width;
 };
 
 struct HeadParams {

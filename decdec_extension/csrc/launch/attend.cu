@@ -7,7 +7,8 @@ namespace decdec::cuda {
 template <Dtype kDtype>
 void launch_attend_dtype(const AttendParams& params, cudaStream_t stream);
 
-AttendGrid attend_grid(int heads, int kv_heads, int head_dim, int64_t places) {
+AttendGrid attend_grid(int heads, int kv_heads, int head_dim, int64_t places, bool few) {
+  if (few) return {heads / kv_heads, 1};
   const int sharing = heads / kv_heads, each = attend_heads(attend_lanes(head_dim), sharing);
   const int groups = (sharing + each - 1) / each;
   const int64_t useful = (places + kMinPlaces - 1) / kMinPlaces;

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <algorithm>
+
 #include "../kernels/attend.cuh"
 #include "decode.h"
 #include "early.cuh"
@@ -13,15 +15,18 @@ void launch_attend_lanes(const AttendParams& p, cudaStream_t stream) {
   const auto run = [&](auto kernel) {
     launch_early(kernel, dim3(p.splits, p.kv_heads * p.groups), kAttendThreads, 0, p, stream, "launch of attention");
   };
+  constexpr int kAtOnce = 4;
+  constexpr int kAllAtOnce = 8;  // more take so many registers that the next kernel cannot start beside it
+  if (p.few) return run(attend_kernel<kDtype, kLanes, 1, kAllAtOnce>);
   switch (attend_heads(kLanes, p.heads / p.kv_heads)) {
     case 1:
-      return run(attend_kernel<kDtype, kLanes, 1>);
+      return run(attend_kernel<kDtype, kLanes, 1, kAtOnce>);
     case 2:
-      return run(attend_kernel<kDtype, kLanes, 2>);
+      return run(attend_kernel<kDtype, kLanes, 2, kAtOnce>);
     case 4:
-      return run(attend_kernel<kDtype, kLanes, 4>);
+      return run(attend_kernel<kDtype, kLanes, 4, kAtOnce>);
     default:
-      if constexpr (kLanes < 32) run(attend_kernel<kDtype, kLanes, 8>);
+      if constexpr (kLanes < 32) run(attend_kernel<kDtype, kLanes, 8, kAtOnce>);
   }
 }
 
