@@ -108,6 +108,8 @@ def _read_hqq(name: str, tensors: Mapping[str, Tensor], d_out: int, d_in: int, s
     if int(stored["axis"]) != 1:
         raise UserError(f"{name}: its groups run along the outputs (HQQ's axis 0), which no kernel here reads; "
                         "quantize with axis=1")
+    if any(int(tensors[flag]) for part in ("scale", "zero") if (flag := f"{name}.quant_{part}") in tensors):
+        raise UserError(f"{name}: its scales are quantized themselves, which is not read here")
     bits, groups = int(stored["nbits"]), stored["scale"].numel() // d_out
     words = stored["W_q"]
     if words.is_floating_point():  # HQQ's view_as_float: the same bytes
@@ -157,8 +159,8 @@ def _read_compressed(name: str, tensors: Mapping[str, Tensor], d_out: int, d_in:
 
 
 _HQQ_OWN = ("W_q", "scale", "zero", "nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype",
-            "view_as_float", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config",
-            "channel_wise", "optimize", "round_zero")
+            "view_as_float", "quant_scale", "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict",
+            "stores_quant_config", "channel_wise", "optimize", "round_zero")
 FORMATS = {
     "gptq": Format("qweight", ("qweight", "qzeros", "scales", "g_idx"), _read_gptq),
     "awq": Format("qweight", ("qweight", "qzeros", "scales"), _read_awq),

@@ -87,7 +87,8 @@ def hqq(name, weight, bits):
     words = sum(part << bits * (parts - 1 - number) for number, part in enumerate(rows))
     stored = {"W_q": words.to(torch.int32 if bits == 3 else torch.uint8), "scale": scales.half().view(-1, 1),
               "zero": zeros.half().view(-1, 1), "nbits": torch.tensor(bits), "axis": torch.tensor(1),
-              "shape": torch.tensor(weight.shape), "group_size": torch.tensor(SIZE)}
+              "shape": torch.tensor(weight.shape), "group_size": torch.tensor(SIZE), "quant_scale": torch.tensor(0),
+              "packing": torch.tensor([*b"4bit_u8"], dtype=torch.uint8), "view_as_float": torch.tensor(0)}
     return {f"{name}.{key}": tensor for key, tensor in stored.items()}, dense
 
 
