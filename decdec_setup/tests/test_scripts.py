@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 
 from decdec.artifacts import read_quant_config
 from decdec.errors import UserError
+from decdec.files import read_rows
 from decdec.models import decoder_linears, load_model
 from decdec.original import save_original_thresholds
+from decdec.testing import run_script
 
 from cheatsheet import make_cheatsheet, make_from_two_folders
 from convert_gguf import convert
@@ -152,3 +154,24 @@ def test_setup_makes_the_folder_and_a_mistake_is_one_line(tiny, tmp_path):
     assert failed.returncode == 1 and failed.stderr.strip().splitlines() == ["error: bits: expected one of (2, 3, 4), got 7"]
     assert not (tmp_path / "other").exists()
     assert setup("only").returncode == 2
+
+
+def test_compare_measures_every_bit_width_once(tiny, tmp_path):
+    environment = {"METHODS": "rtn", "SAMPLES": "2", "LENGTH": "32", "WINDOWS": "2", "WINDOW_LENGTH": "32"}
+    arguments = (tiny, "pydoc", "pydoc", tmp_path / "rows.jsonl", tmp_path / "folders")
+    done = run_script(ROOM / "compare.sh", *arguments, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert [(row["method"], row["bits"]) for row in rows] == [("original", 16), ("rtn", 3), ("rtn", [3, 4]), ("rtn", 4)]
+    assert all(row["windows"] == 2 and row["window_length"] == 32 for row in rows)
+    assert run_script(ROOM / "compare.sh", "only").returncode == 2
+
+
+def test_the_benchmark_scales_to_the_whole_model(tmp_path):
+    done = run_script(ROOM / "benchmark_quantize.py", "--random-weights", "tiny", "--blocks", "1", "2", "--samples", "2", "--length", "32",
+                      "--steps", "squeezellm", "thresholds", "--device", "cpu", "--scratch", tmp_path, "--out", tmp_path / "rows.jsonl")
+    assert done.returncode == 0, done.stderr
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert [row["step"] for row in rows] == ["squeezellm", "thresholds"]
+    assert all(row["model_blocks"] == 4 and row["model_gb"] < row["peak_host_gb"][1] < 8 for row in rows)
+    assert "error: blocks: expected" in run_script(ROOM / "benchmark_quantize.py", "--blocks", "2", "2").stderr
