@@ -83,6 +83,13 @@ def test_chats_and_completions_are_the_models_own_whole_and_streamed(client, mod
         assert not chat or chunks[0].choices[0].delta.role == "assistant"
 
 
+def test_the_readmes_client(url, capsys):
+    readme = (ROOM / "README.md").read_text(encoding="utf-8")
+    code = readme.split("```python\n")[1].split("```")[0].replace("http://127.0.0.1:8000", url)
+    exec(code.replace("max_tokens=40", "max_tokens=40, seed=1"), {})
+    assert len(capsys.readouterr().out) > 1
+
+
 def test_models_and_health(client, url):
     assert [entry.id for entry in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
     health = requests.get(f"{url}/health", timeout=10)
