@@ -18,7 +18,7 @@ def quantize_command(quant: QuantConfig) -> str:
     if "text" in calibration:
         source = next((name for name in SOURCES if calibration["text"].startswith(name)), calibration["text"])
         options += [f"--text {source}", *(f"--{key} {calibration[key]}" for key in ("samples", "length", "seed"))]
-    options += ["--act-order"] if calibration.get("act_order") else []
+    options += ["--no-act-order"] if calibration.get("act_order") is False else []
     return " ".join(["python decdec_setup/quantize.py", *options, "--out FOLDER"])
 
 

@@ -35,15 +35,18 @@ METHODS = ("squeezellm", "awq", "gptq", "rtn")
 
 def quantize(source: str, method: str, bits: float, out: str, group_size: int | None = None, text: str = "c4", samples: int = 100,
              length: int = 512, seed: int = 0, device: str = "cpu", bit_map: str | None = None, reuse: Sequence[str] = (),
-             act_order: bool = False) -> bool:
-    """Write the quantized folder ``out``; False if it already holds the same quantization."""
+             act_order: bool | None = None) -> bool:
+    """Write the quantized folder ``out``; False if it already holds the same quantization.
+
+    ``act_order`` is gptq's, and its default.
+    """
     if method not in METHODS:
         raise UserError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if bit_map is None and bits not in BASE_BITS:
         raise UserError(f"bits: expected one of {BASE_BITS}, got {bits:g}" + ("" if bits == int(bits) else " without a bit-map"))
     if method == "squeezellm" and group_size is not None:
         raise UserError(f"group-size: expected none for squeezellm, whose codebooks serve whole channels, got {group_size}")
-    if act_order and method != "gptq":
+    if act_order is not None and method != "gptq":
         raise UserError(f"act-order: expected method gptq, got {method}")
     if reuse and method == "gptq":
         raise UserError("reuse: expected another method than gptq, whose blocks depend on the bits of those before them")
@@ -59,8 +62,8 @@ def quantize(source: str, method: str, bits: float, out: str, group_size: int | 
                 "model": model_identity(source_folder)}
     if bit_map is not None:
         identity["block_bits"] = read_bit_map(bit_map, bits)
-    if act_order:
-        identity["act_order"] = True
+    if method == "gptq":
+        act_order = identity["act_order"] = act_order is not False
     folder = QuantizedFolder(out, identity)
     if folder.finished():
         return False
@@ -78,7 +81,7 @@ def quantize(source: str, method: str, bits: float, out: str, group_size: int | 
     config = QuantConfig(method=method, format="codebook" if method == "squeezellm" else "uniform", bits=min(block_bits),
                          group_size=group_size, weights_hash="",
                          base_model=os.path.relpath(source_folder, out) if Path(source).is_dir() else source,
-                         calibration=calibration | ({"act_order": True} if act_order else {}),
+                         calibration=calibration | ({} if act_order is None else {"act_order": act_order}),
                          layer_bits=layer_bits)
     for other in map(Reusable, reuse):
         for index in range(count):
@@ -123,7 +126,8 @@ def main() -> None:
     parser.add_argument("--bit-map", metavar="FILE", help="the bits of each block, from mixed_precision.py")
     parser.add_argument("--reuse", nargs="+", default=[], metavar="FOLDER", help="copy blocks of the same bits and calibration "
                         "from these folders; exact, since no method but gptq lets blocks depend on each other's bits")
-    parser.add_argument("--act-order", action="store_true", help="gptq: take the input channels by falling energy")
+    parser.add_argument("--act-order", action=argparse.BooleanOptionalAction,
+                        help="gptq: take the input channels by falling energy (default yes)")
     parser.add_argument("--group-size", type=int, help="inputs that share a scale (awq, gptq, rtn); default the largest divisor "
                                                        "of 128 that divides every layer's inputs")
     parser.add_argument("--text", default="c4", help="calibration text: c4, pileval, wikitext, pydoc or a file (default %(default)s)")

@@ -5,17 +5,19 @@ from safetensors.torch import load_file
 from decdec import reference
 from decdec.artifacts import read_quant_config
 from decdec.errors import UserError
-from decdec.models import decoder_linears, load_model
+from decdec.models import decoder_linears, load_model, load_tokenizer
+from decdec.text import calibration_samples, load_text
 
 import gptq
 from quantize import quantize
+from quantized_blocks import QuantizedBlocks
 from uniform import fake_quantize, grid
 
 
 def one_by_one(weight, gram, tokens, bits, group_size, order):
     """GPTQ as its paper derives it: float64, the inverse of what is left of H kept by elimination, one column after another."""
     weight, inverse = weight.double().clone(), gram.double()
-    inverse = torch.linalg.inv(inverse + (0.01 + len(gram) / tokens) * inverse.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64))
+    inverse = torch.linalg.inv(inverse + (0.01 + len(gram) / tokens) * inverse.diagonal().diag())
     result = torch.zeros_like(weight)
     natural = bool((order == torch.arange(len(order))).all())
     fixed = [grid(part.amin(1).float(), part.amax(1).float(), bits) for part in weight.split(group_size, dim=1)]
@@ -73,7 +75,7 @@ def test_uncorrelated_inputs_are_rounded_to_nearest():
 def test_the_factor_is_that_of_the_damped_inverse():
     _, gram = correlated(64)
     upper = gptq.inverse_factor(gram, 600).double()
-    damped = gram.double() + (gptq.DAMPING + 64 / 600) * gram.double().diagonal().mean() * torch.eye(64)
+    damped = gram.double() + (gptq.DAMPING + 64 / 600) * gram.double().diagonal().diag()
     torch.testing.assert_close(upper.t() @ upper @ damped, torch.eye(64, dtype=torch.float64), rtol=1e-3, atol=1e-3)
     assert torch.equal(upper, upper.triu())
     # Channels that are never active, or copies of each other, leave it finite.
@@ -99,3 +101,19 @@ def test_later_blocks_are_calibrated_on_the_quantized_ones(tiny, quantized, cali
         assert (found - module.weight.float()).norm() < 0.5 * module.weight.float().norm()
     with pytest.raises(UserError, match="reuse: expected another method"):
         quantize(str(tiny), "gptq", 3.5, str(tmp_path / "other"), bit_map=str(bits), reuse=[quantized("gptq")], **calibration)
+
+
+def test_layers_of_a_folder_err_as_the_straightforward_algorithm(tiny, quantized, calibration):
+    tokens = calibration_samples(load_text("pydoc", "calibration"), load_tokenizer(str(tiny)), 3, 64, 0)
+    model, blocks = load_model(str(tiny), torch.float32), QuantizedBlocks(quantized("gptq"))
+    for name in ("model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.o_proj", "model.layers.0.mlp.gate_proj"):
+        module, inputs = model.get_submodule(name), []
+        hook = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
+        with torch.no_grad():
+            model(tokens)
+        hook.remove()
+        x, weight = torch.cat(inputs), module.weight.detach()
+        order = torch.argsort(x.square().sum(0), descending=True)
+        plain = one_by_one(weight, x.t() @ x, len(x), 3, 64, order).float()
+        found = output_error(blocks.weight(name, weight.shape), weight, x.t() @ x)
+        assert found == pytest.approx(output_error(plain, weight, x.t() @ x), rel=0.05), name
