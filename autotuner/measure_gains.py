@@ -26,6 +26,8 @@ from decdec.linear import CompensatedLinear
 from decdec.models import load_tokenizer
 from decdec.reference import CHUNK, chunk_counts
 
+AT_ONCE = 4  # samples in one pass: what a GPU does with one is mostly waiting
+
 
 def removed_by_rank(x: Tensor, gradient: Tensor, residual: Tensor) -> list[Tensor]:
     """Loss removed by the r-th largest ``|x|`` of each chunk, summed over tokens: float64, one vector a chunk.
@@ -33,7 +35,7 @@ def removed_by_rank(x: Tensor, gradient: Tensor, residual: Tensor) -> list[Tenso
     ``x`` (tokens, d_in), ``gradient`` of the loss at the output (tokens, d_out), ``residual`` (d_in, d_out).
     """
     removed = -0.5 * x * (gradient @ residual.t())
-    return [part.gather(1, values.abs().argsort(dim=1, descending=True)).sum(dim=0, dtype=torch.float64).cpu()
+    return [part.gather(1, values.abs().argsort(dim=1, descending=True)).sum(dim=0, dtype=torch.float64)
             for part, values in zip(removed.split(CHUNK, dim=1), x.split(CHUNK, dim=1))]
 
 
@@ -72,13 +74,14 @@ class Recorder:
 def measure(model: nn.Module, sheet: Cheatsheet, samples: Tensor) -> dict[str, Tensor]:
     """``{layer: gain}`` in nats per token, float32 ``(1025,)`` each, over ``samples`` (count, length)."""
     recorder = Recorder(hub.compensated_layers(model), sheet)
-    for sample in tqdm(samples, desc="gains", unit="sample"):
+    for batch in tqdm(samples.split(AT_ONCE), desc="gains", unit=f"{AT_ONCE} samples"):
         # The embedding's output starts the graph: weights need no gradients.
-        embedded = model.get_input_embeddings()(sample[None]).detach().requires_grad_()
-        logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
-        F.cross_entropy(logits[:-1].float(), sample[1:], reduction="sum").backward()
+        embedded = model.get_input_embeddings()(batch).detach().requires_grad_()
+        logits = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
+        F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum").backward()
     tokens = samples.shape[0] * (samples.shape[1] - 1)
-    return {name: (at_k_chunk(parts) / tokens).float() for name, parts in recorder.by_rank.items()}
+    return {name: (at_k_chunk([part.cpu() for part in parts]) / tokens).float()
+            for name, parts in recorder.by_rank.items()}
 
 
 def main() -> None:

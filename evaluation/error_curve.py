@@ -39,9 +39,9 @@ def curve(x: Tensor, residual: Tensor, orders: Tensor, counts: list[int]) -> lis
 
     ``x`` and ``orders`` are ``(positions, d_in)``, ``residual`` is ``(d_in, d_out)``; ``counts`` ascend from 0 to d_in.
     """
-    errors = torch.zeros(len(counts), dtype=torch.float64)
+    errors = torch.zeros(len(counts), dtype=torch.float64, device=x.device)
     for row, order in zip(x, orders, strict=True):
-        missing = torch.zeros(residual.shape[1])
+        missing = torch.zeros(residual.shape[1], device=x.device)
         for j in reversed(range(len(counts) - 1)):
             part = order[counts[j]:counts[j + 1]]
             missing += row[part] @ residual[part]
@@ -69,12 +69,12 @@ def main() -> None:
     # Not the first position: its activations (the attention sink) are unlike all others.
     chosen = torch.linspace(1, len(ids) - 1, arguments.positions).long()
     for (block, kind), order in tqdm(todo, desc="error curves"):
-        x = inputs[block, kind][chosen]
+        x = inputs[block, kind][chosen].to(subject.device)
         residual = torch.cat([packing.unpack_residual(sheet.residual[layer.name], 16, layer.out_features).float()
-                              for layer in layers_by_input(model)[block, kind]], dim=1)
+                              for layer in layers_by_input(model)[block, kind]], dim=1).to(subject.device)
         magnitudes = x.abs().sort(dim=1, descending=True)
         generator = torch.Generator().manual_seed(arguments.seed)
-        orders = magnitudes.indices if order == "sorted" else torch.rand(x.shape, generator=generator).argsort(dim=1)
+        orders = magnitudes.indices if order == "sorted" else torch.rand(x.shape, generator=generator).argsort(dim=1).to(x.device)
         counts = torch.linspace(0, x.shape[1], POINTS + 1).round().long().tolist()
         mean_magnitude = magnitudes.values.mean(dim=0)
         rows.append(shared | {"block": block, "kind": kind, "order": order, "d_in": x.shape[1], "restored": counts,

@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def found(x: Tensor, channels: Tensor) -> Tensor:
     """For each row of ``x`` the share of its top k channels by |x| among ``channels`` (``(rows, k)``, -1 for none)."""
-    chosen = torch.zeros((len(x), x.shape[1] + 1), dtype=torch.bool)
+    chosen = torch.zeros((len(x), x.shape[1] + 1), dtype=torch.bool, device=x.device)
     chosen.scatter_(1, torch.where(channels < 0, x.shape[1], channels).long(), True)
     return chosen.gather(1, x.abs().topk(channels.shape[1], dim=1).indices).float().mean(dim=1)
 
@@ -42,9 +42,9 @@ def recall(model: nn.Module, ids: Tensor) -> dict[str, float]:
     """Mean recall by kind of layer, over positions and blocks."""
     seen = {kind: [] for kind in KINDS}
     with watching([layers[0] for layers in layers_by_input(model).values()],
-                  lambda layer, rows: seen[layer.kind].append(float(found(rows.cpu(), layer.channels(rows).cpu()).mean()))):
+                  lambda layer, rows: seen[layer.kind].append(found(rows, layer.channels(rows)).mean())):
         model(ids[None].to(model.device), use_cache=False)
-    return {kind: sum(values) / len(values) for kind, values in seen.items() if values}
+    return {kind: float(torch.stack(values).mean()) for kind, values in seen.items() if values}
 
 
 def main() -> None:

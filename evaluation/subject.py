@@ -45,7 +45,7 @@ class Subject:
         dtype = getattr(torch, self.dtype)
         if self.quant is None:
             return models.load_model(self.source, dtype).to(self.device)
-        return hub.load(self.source, dtype=dtype, cheatsheet=self.cheatsheet).to(self.device)
+        return hub.load(self.source, dtype=dtype, cheatsheet=self.cheatsheet, device=self.device)
 
     def describe(self, bench: str) -> dict:
         """The part of a row that all settings of a run share."""
