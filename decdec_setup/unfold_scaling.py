@@ -13,11 +13,6 @@ from torch import Tensor
 
 from base_model import BaseModel
 
-# Rounding moves an estimated factor by about its relative error over the root of the summands: well below this, which
-# is in turn well below what quantizers that scale do.
-AGREE = 0.05
-
-
 def find_scaling(base: BaseModel, block: int, stored: Mapping[str, Tensor],
                  dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The scale vectors of one block, in the form of :mod:`scaling`; empty where nothing was folded.
@@ -26,36 +21,45 @@ def find_scaling(base: BaseModel, block: int, stored: Mapping[str, Tensor],
     """
     prefix = f"{base.prefix}.{block}."
     original = {f"{prefix}{name}": tensor.float() for name, tensor in base.block(block).items()}
-    layers = list(dense)
-    weights = {name: (original[f"{name}.weight"], dense[name].float()) for name in layers}
-    found: dict[str, Tensor] = {}
+    weights = {name: (original[f"{name}.weight"], weight.float()) for name, weight in dense.items()}
     columns = {name: _factors(*pair) for name, pair in weights.items()}
-    for name, tensor in original.items():
-        if tensor.dim() != 1 or not name.endswith(".weight") or name not in stored:
+    # Some norms multiply by 1 + weight; the offset that explains the columns better holds for all norms of the block.
+    _, offset, found = min((_behind_norms(columns, original, stored, offset) for offset in (0.0, 1.0)),
+                           key=lambda match: match[0])
+    if offset:
+        norms = [key.removesuffix(".output_scale") for key in found if key.endswith(".output_scale")]
+        found |= {f"{norm}.output_offset": torch.tensor(offset) for norm in norms}
+    for layer, factors in columns.items():
+        if f"{layer}.input_scale" in found:
             continue
-        for offset in (0.0, 1.0):  # norms that multiply by 1 + weight
-            ratio = (stored[name].float() + offset) / (tensor + offset)
-            behind = [layer for layer, factors in columns.items() if _cancel(factors, ratio)]
-            if behind and _uneven(ratio):
-                module = name.removesuffix(".weight")
-                found[f"{module}.output_scale"] = ratio
-                if offset:
-                    found[f"{module}.output_offset"] = torch.tensor(offset)
-                found |= {f"{layer}.input_scale": 1 / ratio for layer in behind}
-                break
-    for layer in layers:
-        if f"{layer}.input_scale" in found or not _uneven(columns[layer]):
-            continue
-        for before in layers:
+        for before in weights.keys() - {layer}:
             rows = _factors(*(part.t() for part in weights[before]), found.get(f"{before}.input_scale"))
-            scaled = rows[-len(columns[layer]):]  # of a fused layer the last outputs
-            if before != layer and _cancel(scaled, columns[layer]):
+            scaled = rows[-len(factors):]  # of a fused layer the last outputs
+            if len(scaled) == len(factors) and _spread(scaled * factors) < min(_spread(factors), _spread(scaled)):
                 # A column that was rounded to nothing tells no factor; a small one serves.
-                scale = columns[layer].clamp(min=0.01 * float(columns[layer].median()))
+                scale = factors.clamp(min=0.01 * float(factors.median()))
                 found[f"{layer}.input_scale"] = scale
                 found[f"{before}.output_scale"] = torch.cat((torch.ones(len(rows) - len(scaled)), 1 / scale))
                 break
     return found
+
+
+def _behind_norms(columns: Mapping[str, Tensor], original: Mapping[str, Tensor], stored: Mapping[str, Tensor],
+                  offset: float) -> tuple[float, float, dict[str, Tensor]]:
+    """What the columns are left with when each layer is put behind the norm that explains it best, if any; ``offset``;
+    the scales of norms and layers."""
+    ratios = {name.removesuffix(".weight"): (stored[name].float() + offset) / (weight + offset)
+              for name, weight in original.items() if weight.dim() == 1 and name.endswith(".weight") and name in stored
+              and not torch.equal(stored[name].float(), weight)}
+    left, found = 0.0, {}
+    for layer, factors in columns.items():
+        options = [(_spread(factors), None), *((_spread(factors * ratio), norm) for norm, ratio in ratios.items()
+                                               if len(ratio) == len(factors))]
+        spread, norm = min(options, key=lambda option: option[0])
+        left += spread
+        if norm is not None:
+            found |= {f"{layer}.input_scale": 1 / ratios[norm], f"{norm}.output_scale": ratios[norm]}
+    return left, offset, found
 
 
 def _factors(original: Tensor, quantized: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -65,11 +69,8 @@ def _factors(original: Tensor, quantized: Tensor, rows: Tensor | None = None) ->
     return (original * quantized).sum(0) / original.square().sum(0).clamp(min=1e-30)
 
 
-def _uneven(factors: Tensor) -> bool:
-    """Whether factors differ among each other by more than rounding explains."""
-    return bool((factors / factors.median() - 1).abs().median() > AGREE)
-
-
-def _cancel(first: Tensor, second: Tensor) -> bool:
-    """Whether two vectors of factors are each other's inverse, up to one number (rounding shrinks weights a little)."""
-    return len(first) == len(second) and not _uneven(first * second)
+def _spread(factors: Tensor) -> float:
+    """Mean distance of the factors' logarithms from their median: what is left when two sets of factors cancel is what
+    rounding did to them, and less than either."""
+    logarithms = factors.clamp(min=1e-3 * float(factors.abs().median())).log()
+    return float((logarithms - logarithms.median()).abs().mean())
