@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,18 +65,37 @@ def _random(shape: torch.Size, device: str) -> torch.Tensor:
     return torch.randn(shape, device=device, dtype=torch.float16).mul_(0.02).cpu()
 
 
+class PeakMemory:
+    """While it lasts, samples the resident bytes of this process; ``bytes`` is the largest found, files it mapped counted in."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.bytes, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        page = os.sysconf("SC_PAGE_SIZE")
+        while True:
+            self.bytes = max(self.bytes, int(Path("/proc/self/statm").read_text().split()[1]) * page)
+            if self._done.wait(0.01):
+                return
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
 def measured(work: Callable[[], object], cuda: bool) -> tuple[float, float, float]:
     """Seconds, and peak gigabytes of this process and of the fullest GPU, of one piece of work."""
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-    if cuda:
-        for device in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(device)
+    devices = range(torch.cuda.device_count()) if cuda else ()
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    work()
+    with PeakMemory() as host:
+        work()
     seconds = time.perf_counter() - start
-    host = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    gpu = max(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())) if cuda else 0
-    return seconds, int(host.split()[1]) * 1024 / 1e9, gpu / 1e9
+    return seconds, host.bytes / 1e9, max(map(torch.cuda.max_memory_allocated, devices), default=0) / 1e9
 
 
 def step_of(step: str, source: Path, out: Path, bits: int, calibration: dict, device: str) -> Callable[[], object]:
@@ -110,31 +130,38 @@ def main() -> None:
     steps = [step for step in STEPS if step in args.steps]
     if not set(steps) & set(METHODS):
         steps.insert(0, "rtn")  # whose folder the others read
-    blocks = MODELS[args.random_weights][4]
-    taken: dict[str, list[tuple[float, float, float]]] = {step: [] for step in steps}
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         source, out = Path(scratch, "original"), Path(scratch, "quantized")
-        for count in (few, many):
-            block_bytes = write_model(source, args.random_weights, count)
-            for step in steps:
-                taken[step].append(measured(step_of(step, source, out, args.bits, calibration, args.device), cuda))
-            shutil.rmtree(out)
-        rest_bytes = (source / "rest.safetensors").stat().st_size
-    for step in [step for step in steps if step in args.steps]:
-        (first, host, _), (second, host_more, gpu) = taken[step]
-        each, host_each = (second - first) / (many - few), max(0.0, host_more - host) / (many - few)
-        row = {"bench": "setup", "step": step, "model": args.random_weights, "weights": "random", "bits": args.bits,
-               "samples": args.samples, "length": args.length, "timed_blocks": [few, many], "model_blocks": blocks,
-               "seconds": [round(first, 2), round(second, 2)], "seconds_a_block": round(each, 3),
-               "model_minutes_scaled": round((second + each * (blocks - many)) / 60, 2),
-               "peak_host_gb": [round(host, 2), round(host_more, 2)],
-               "model_peak_host_gb_scaled": round(host_more + host_each * (blocks - many), 2), "peak_gpu_gb": round(gpu, 2),
-               "model_gb": round((rest_bytes + blocks * block_bytes) / 1e9, 2), "block_gb": round(block_bytes / 1e9, 2),
-               "device": torch.cuda.get_device_name() if cuda else f"cpu {platform.machine()}",
-               "gpus": torch.cuda.device_count() if cuda else 0, "cores": os.cpu_count(), "torch": torch.__version__}
-        append_row(args.out, row)
-        print(f"{step}: {row['seconds_a_block']} s a block, {row['model_minutes_scaled']} minutes and {row['model_peak_host_gb_scaled']} "
-              f"GB of CPU memory for {blocks} blocks (scaled)", flush=True)
+        write_model(source, args.random_weights, few)
+        first = {step: measured(step_of(step, source, out, args.bits, calibration, args.device), cuda) for step in steps}
+        shutil.rmtree(out)
+        block_bytes = write_model(source, args.random_weights, many)
+        sizes = block_bytes, (source / "rest.safetensors").stat().st_size
+        for step in steps:
+            second = measured(step_of(step, source, out, args.bits, calibration, args.device), cuda)
+            if step in args.steps:
+                row = scaled(args, step, first[step], second, *sizes)
+                append_row(args.out, row)
+                print(f"{step}: {row['seconds_a_block']} s a block; scaled to {row['model_blocks']} blocks "
+                      f"{row['model_minutes_scaled']} minutes, {row['model_peak_host_gb_scaled']} GB of CPU memory", flush=True)
+
+
+def scaled(args: argparse.Namespace, step: str, first: tuple[float, float, float], second: tuple[float, float, float],
+           block_bytes: int, rest_bytes: int) -> dict:
+    """The row of a step from what :func:`measured` gave for the two sizes."""
+    (few, many), blocks = args.blocks, MODELS[args.random_weights][4]
+    each, host_each = ((second[i] - first[i]) / (many - few) for i in (0, 1))
+    cuda = args.device.startswith("cuda")
+    return {"bench": "setup", "step": step, "model": args.random_weights, "weights": "random", "bits": args.bits,
+            "samples": args.samples, "length": args.length, "timed_blocks": [few, many], "model_blocks": blocks,
+            "seconds": [round(first[0], 2), round(second[0], 2)], "seconds_a_block": round(each, 3),
+            "model_minutes_scaled": round((second[0] + each * (blocks - many)) / 60, 2),
+            "peak_host_gb": [round(first[1], 2), round(second[1], 2)],
+            "model_peak_host_gb_scaled": round(second[1] + max(0.0, host_each) * (blocks - many), 2),
+            "peak_gpu_gb": round(second[2], 2), "model_gb": round((rest_bytes + blocks * block_bytes) / 1e9, 2),
+            "block_gb": round(block_bytes / 1e9, 2),
+            "device": torch.cuda.get_device_name() if cuda else f"cpu {platform.machine()}",
+            "gpus": torch.cuda.device_count() if cuda else 0, "cores": os.cpu_count(), "torch": torch.__version__}
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 #
 # Folders and bit maps go to FOLDERS (ORIGINAL's name, method and bits in theirs), one row each to ROWS.jsonl (evaluation/perplexity.py).
 # What is finished is kept: run it again after an interrupt. The environment may set
-#   METHODS (awq squeezellm gptq rtn)   SAMPLES (128) LENGTH (1024)   calibration   WINDOWS (40) WINDOW_LENGTH   evaluation
-#   DEVICE (cpu, or cuda)   PYTHON   the interpreter
+#   METHODS (awq squeezellm gptq rtn)   SAMPLES (100) LENGTH (512)   calibration   WINDOWS (40) WINDOW_LENGTH   evaluation
+#   DEVICE (cpu, or cuda)   DTYPE   of evaluation   PYTHON   the interpreter
 set -euo pipefail
 if [ $# -ne 5 ]; then
     sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
@@ -15,11 +15,12 @@ fi
 room=$(dirname "$0") evaluation=$(dirname "$0")/../evaluation python=${PYTHON:-python3} device=${DEVICE:-cpu}
 original=$1 calibration=$2 text=$3 rows=$4 folders=$5
 name=$folders/$(basename "$original")
-samples=(--text "$calibration" --samples "${SAMPLES:-128}" --length "${LENGTH:-1024}" --device "$device")
+samples=(--text "$calibration" --samples "${SAMPLES:-100}" --length "${LENGTH:-512}" --device "$device")
 
 measure() {
     local options=(--text "$text" --windows "${WINDOWS:-40}" --device "$device" --out "$rows")
     [ -z "${WINDOW_LENGTH:-}" ] || options+=(--length "$WINDOW_LENGTH")
+    [ -z "${DTYPE:-}" ] || options+=(--dtype "$DTYPE")
     "$python" "$evaluation/perplexity.py" --model "$1" "${options[@]}"
 }
 
