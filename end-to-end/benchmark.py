@@ -119,10 +119,14 @@ def _random(arguments: argparse.Namespace) -> tuple[Stepper, dict]:
     device = torch.device(arguments.device or default_device())
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else default_dtype(device)
     check_device(device, dtype)
-    decoder = random_decoder(arguments.random_weights, arguments.bits, arguments.format, dtype, device,
-                             arguments.head_bits)
-    if max(arguments.sweep or arguments.k_chunk or [0]):
-        give_residuals(decoder, arguments.residuals)
+    try:
+        decoder = random_decoder(arguments.random_weights, arguments.bits, arguments.format, dtype, device,
+                                 arguments.head_bits)
+        if max(arguments.sweep or arguments.k_chunk or [0]):
+            give_residuals(decoder, arguments.residuals)
+    except torch.OutOfMemoryError:
+        raise UserError(f"random-weights: {arguments.random_weights} at {arguments.bits:g} bits does not fit the "
+                        f"memory of {device}") from None
     return Stepper(decoder), {"bench": "decode", "shapes": arguments.random_weights,
                               "method": f"random {arguments.format}", "bits": arguments.bits}
 
