@@ -96,8 +96,8 @@ def prepare(variant: Variant, k_chunk: int, layers: Mapping[str, StudyLinear], s
             added += 4 * layer.d_in + 2 * layer.d_out
         if name not in host:
             host[name] = [FORMS[variant.form](layer, target, bits, energy) for _, bits in variant.all_tiers()]
-        layer.residuals = [dense for dense, _ in host[name]]
-        layer.norms = layer.residuals[0].norm(dim=0) if variant.by_norm else None
+        layer.residuals = [dense.to(layer.weight.dtype) for dense, _ in host[name]]
+        layer.norms = layer.residuals[0].float().norm(dim=0) if variant.by_norm else None
         layer.choice = Choice(own.get(name, k_chunk), variant.width, tuple(share for share, _ in variant.all_tiers()))
         for _, counts in layer.choice.counts(layer.d_in):
             for count, below, (_, bits) in zip(counts, [0, *counts], variant.all_tiers()):
@@ -154,7 +154,7 @@ def main() -> None:
         "window_length": arguments.length, "calibration": calibration.name, "calibration_hash": calibration.hash}
     if subject.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TensorFloat-32, in every variant alike
-        shared["dtype"] = "tf32"
+        shared["dtype"] = "tf32" if subject.dtype == "float32" else subject.dtype
     rows = Rows(arguments.out, KEY)
     todo = [(variant, [k for k in variant.k_chunks if not arguments.k_chunk or k in arguments.k_chunk]) for variant in wanted
             if not arguments.variant or variant.name in arguments.variant]

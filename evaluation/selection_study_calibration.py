@@ -36,7 +36,7 @@ class _Watch:
         self.hook = layer.register_forward_hook(self._see)
 
     def _see(self, layer: StudyLinear, inputs: tuple[Tensor], output: Tensor) -> None:
-        x = inputs[0].detach()[:, 1:].flatten(0, 1)
+        x = inputs[0].detach()[:, 1:].flatten(0, 1).float()
         self.tokens += len(x)
         self.mean = self.mean + x.sum(0)
         self.gram = self.gram + x.t() @ x
@@ -47,7 +47,7 @@ class _Watch:
         output.register_hook(self._slope)
 
     def _slope(self, gradient: Tensor) -> None:
-        self.gradient = self.gradient + gradient[:, 1:].square().sum()
+        self.gradient = self.gradient + gradient[:, 1:].float().square().sum()
 
     def seen(self) -> Seen:
         sums = [torch.cat([part.new_zeros(1), part.cumsum(0)]) for part in self.by_rank]

@@ -10,7 +10,6 @@ import torch
 from selection_study_layers import StudyLinear
 from torch import Tensor
 
-from decdec import ops
 from decdec.residual import fit_interval, quantize_nested
 
 Form = Callable[[StudyLinear, Tensor, int, Tensor], tuple[Tensor, int]]
@@ -22,8 +21,15 @@ def exact(layer: StudyLinear, target: Tensor, bits: int, energy: Tensor) -> tupl
 
 def paper(layer: StudyLinear, target: Tensor, bits: int, energy: Tensor) -> tuple[Tensor, int]:
     """A scale per output channel, levels ``-2**(bits-1)+1 .. 2**(bits-1)-1`` (section 4.2)."""
-    codes, scale = ops.residual_quantize(target.cpu(), bits)
-    return (codes.float() * scale.float()[:, None]).to(target.device), 2 * layer.d_out
+    top = 2 ** (bits - 1) - 1
+    largest = target.abs().amax(1, keepdim=True) / top
+    best, least = torch.zeros_like(target), torch.full_like(largest, torch.inf)
+    for i in range(1, 33):
+        scale = (largest * i / 32).clamp_min(1e-12)
+        dense = torch.round(target / scale).clamp_(-top, top) * scale.half().float()
+        error = (dense - target).square().mean(1, keepdim=True)
+        best, least = torch.where(error < least, dense, best), torch.minimum(error, least)
+    return best, 2 * layer.d_out
 
 
 def _split(target: Tensor, width: Tensor, bits: int) -> Tensor:

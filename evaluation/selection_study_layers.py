@@ -66,11 +66,11 @@ class StudyLinear(nn.Module):
     ``exact`` is the residual ``W - W_q``, ``(d_out, d_in)``. :meth:`plain` undoes every setting but the base weights.
     """
 
-    def __init__(self, layer: CompensatedLinear, exact: Tensor, chooser: Chooser, device: str):
+    def __init__(self, layer: CompensatedLinear, exact: Tensor, chooser: Chooser, device: str, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.name, self.kind = layer.name, layer.kind
-        self.weight = layer.dequantize(torch.float32).to(device)
-        self.bias = None if layer.bias is None else layer.bias.float().to(device)
+        self.weight = layer.dequantize(dtype).to(device)
+        self.bias = None if layer.bias is None else layer.bias.to(device, dtype)
         self.exact = exact.to(device)
         self.scales = layer.scales.to(device) if layer.format == "uniform" else None
         self.codebook = None
@@ -97,14 +97,14 @@ class StudyLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` is ``(batch, positions, d_in)``. A first position is not centred: it is the attention's sink, far from the mean."""
-        out = F.linear(x, self.weight if self.repair is None else self.weight + self.repair, self.bias)
+        out = F.linear(x, self.weight if self.repair is None else self.weight + self.repair.to(x.dtype), self.bias)
         shifted = x
         if self.mean is not None:
             later = torch.ones_like(x[:, :, :1]).index_fill_(1, torch.zeros(1, dtype=torch.long, device=x.device), 0)
-            shifted = x - later * self.mean
-            out += later * (self.exact @ self.mean)
+            shifted = x - later * self.mean.to(x.dtype)
+            out += later * (self.exact @ self.mean).to(x.dtype)
         if self.choice.k_chunk:
-            score = shifted.abs() if self.norms is None else shifted.abs() * self.norms
+            score = shifted.abs() if self.norms is None else shifted.abs() * self.norms.to(x.dtype)
             shared = None if self.norms is not None or self.mean is not None else "|x|"
             for part, residual in zip(self._chooser.cut(shifted, score, self.choice, shared), self.residuals, strict=True):
                 out += F.linear(part, residual)
@@ -113,10 +113,11 @@ class StudyLinear(nn.Module):
 
 def study_model(subject, sheet: Cheatsheet) -> tuple[nn.Module, dict[str, StudyLinear]]:
     """The model of a DecDEC folder with its layers replaced, and those by name; ``sheet`` holds 16-bit residuals."""
-    model = hub.load(subject.source, dtype=torch.float32)
+    dtype = getattr(torch, subject.dtype)
+    model = hub.load(subject.source, dtype=dtype)
     chooser, layers = Chooser(), {}
     for name, layer in hub.compensated_layers(model).items():
         exact = packing.unpack_residual(sheet.residual[name], 16, layer.out_features).float().t()
-        layers[name] = StudyLinear(layer, exact, chooser, subject.device)
+        layers[name] = StudyLinear(layer, exact, chooser, subject.device, dtype)
         hub.replace(model, name, layers[name])
     return model.to(subject.device), layers
