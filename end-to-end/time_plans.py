@@ -1,12 +1,11 @@
 """Times plans of the autotuner on this runtime: for each line of JSON {"plan": FILE, "target": PERCENT} read from stdin it
-prints one with "ms" a token under that plan and "base_ms" without compensation, measured in turn; for {} the latter alone.
+prints one with "ms" a token under that plan and "base_ms" without compensation, measured one after the other; for {} the latter alone.
 
 The model is loaded once. autotuner/tuner.py --timer runs this to meet end-to-end targets.
 """
 
 import argparse
 import json
-import statistics
 import sys
 
 import torch
@@ -20,7 +19,7 @@ from random_model import give_residuals, random_decoder
 from runtime import DTYPES, Runtime, default_device, default_dtype
 from stepper import Stepper
 
-ROUNDS = 3  # of base and plan in turn, so that both see the same clocks; their medians count
+RUNS = 5  # of base, then of plan; the medians count
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
     parser.add_argument("--dtype", choices=DTYPES, help="default float16 on a GPU, float32 on the CPU")
     parser.add_argument("--prompt-tokens", type=int, default=16, metavar="N", help="default 16")
-    parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="decoded each time (default 128)")
+    parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="decoded in each run (default 64)")
     return parser.parse_args()
 
 
@@ -58,13 +57,12 @@ def timed(stepper: Stepper, arguments: argparse.Namespace, line: str) -> dict:
     if plan is not None:
         plan = load_plan(plan)
         settings["ms"] = lambda: apply(plan, stepper.decoder, target)
-    times = {name: [] for name in settings}
-    for _ in range(ROUNDS):
-        for name, take in settings.items():
-            take()
-            stepper.settings_changed()
-            times[name].append(measure(stepper, arguments.prompt_tokens, arguments.new_tokens, runs=1).ms_per_token)
-    return {name: statistics.median(values) for name, values in times.items()}
+    times = {}
+    for name, take in settings.items():
+        take()
+        stepper.settings_changed()
+        times[name] = measure(stepper, arguments.prompt_tokens, arguments.new_tokens, RUNS).ms_per_token
+    return times
 
 
 def main() -> None:
