@@ -13,28 +13,41 @@ from sampling import Sampling
 from streaming import TextStream
 
 
+class TooLong(UserError):
+    """A prompt that the model's context does not hold."""
+
+
 class LanguageModel:
     """A runtime with its tokenizer, for one sequence at a time."""
 
     def __init__(self, runtime: Runtime):
         self.runtime, self.tokenizer = runtime, models.load_tokenizer(runtime.source)
+        self._longest_token = max(map(len, self.tokenizer.get_vocab()))
 
     @property
     def context(self) -> int:
         return self.runtime.context
 
     def encode(self, text: str) -> list[int]:
+        self._check_length(text)
         return encode(self.tokenizer, text, chat=False)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of ``{"role", "content"}`` messages in the model's chat template, up to where its answer begins."""
         if not self.tokenizer.chat_template:
             raise UserError("messages: this model has no chat template")
+        self._check_length("".join(message["content"] for message in messages))
         try:
             return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True,
                                                       return_dict=True)["input_ids"]
         except jinja2.TemplateError as error:  # a template refuses roles, or their order, that it does not know
             raise UserError(f"messages: the model's chat template refuses them: {error}") from None
+
+    def _check_length(self, text: str) -> None:
+        """Refuse a text that cannot fit, before much time and memory goes into its tokens."""
+        least = len(text) // self._longest_token
+        if least >= self.context:
+            raise TooLong(f"prompt: at least {least} tokens, but the model's context is {self.context}")
 
     def answer(self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling = Sampling(),
                stop: Sequence[str] = ()) -> "Answer":

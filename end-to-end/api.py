@@ -4,6 +4,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
@@ -11,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from answering import LanguageModel
+from answering import LanguageModel, TooLong
 from api_answers import LAST_EVENT, ApiError, Form, event, usage
 from api_requests import Body, ChatBody, CompletionBody
 from decdec.errors import UserError
@@ -25,6 +26,8 @@ def build_app(model: LanguageModel, name: str, queue_limit: int = 64) -> FastAPI
     """The server's routes over ``model``, which requests call ``name``."""
     app = FastAPI(title="DecDEC", docs_url=None, redoc_url=None)
     engine = Engine(queue_limit)
+    # One thread for all prompts: each thread that tokenizes keeps the memory of the longest text it saw.
+    tokenizing = ThreadPoolExecutor(1, "tokenizer")
     started = int(time.time())
 
     @app.exception_handler(ApiError)
@@ -87,12 +90,12 @@ def build_app(model: LanguageModel, name: str, queue_limit: int = 64) -> FastAPI
 
     async def _encoded(encode, content, param: str) -> list[int]:
         try:
-            prompt = await asyncio.to_thread(encode, content)
+            prompt = await asyncio.get_running_loop().run_in_executor(tokenizing, encode, content)
+            if len(prompt) >= model.context:
+                raise TooLong(f"{param}: {len(prompt)} tokens, but the model's context is {model.context}")
         except UserError as error:
-            raise ApiError(400, str(error), param) from None
-        if len(prompt) >= model.context:
-            raise ApiError(400, f"{param}: {len(prompt)} tokens, but the model's context is {model.context}", param,
-                           "context_length_exceeded")
+            code = "context_length_exceeded" if isinstance(error, TooLong) else None
+            raise ApiError(400, str(error), param, code) from None
         return prompt
 
     def _submit(body: Body, prompt: list[int], limit: int) -> Job:

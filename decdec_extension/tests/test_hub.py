@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+import decdec
 from decdec import hub, models, reference
 from decdec.errors import UserError
 from decdec.linear import Compensation, CompensatedLinear
@@ -61,6 +62,12 @@ def test_loaded_and_attached_models_equal_the_dequantized_one(tmp_path, tied, qw
     assert_close(logits(hub.load(path)), want, rtol=1e-4, atol=1e-4)
     assert_close(logits(hub.attach(original(tied, qwen), path)), want, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits(original(tied, qwen)), want, atol=1e-2)
+
+
+def test_the_package_gives_what_a_user_needs():
+    assert (decdec.attach, decdec.load, decdec.set_compensation) == (hub.attach, hub.load, hub.set_compensation)
+    with pytest.raises(AttributeError, match="nothing"):
+        decdec.nothing
 
 
 def test_everything_else_in_the_folder_is_loaded_too(folder, tmp_path):

@@ -130,13 +130,15 @@ def test_the_context_ends_an_answer(client, model):
     ({"temperature": 3}, "temperature"), ({"top_p": 0}, "top_p"), ({"stop": [""]}, "stop"), ({"seed": 2**70}, "seed"),
     ({"messages": []}, "messages"), ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0"),
-    ({"messages": [{"role": "user", "content": "x" * 600}]}, "context is 512"),
+    ({"messages": [{"role": "user", "content": "x" * 505}]}, "messages: 523 tokens, but the model's context is 512"),
+    ({"messages": [{"role": "user", "content": "x" * 9000}]}, "at least"),
 ])
 def test_what_cannot_be_done_is_refused_in_the_apis_form(client, change, match):
     settings = {"model": "tiny", "messages": HELLO, "max_tokens": 2} | change
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(**settings)
     body = error.value.body
+    assert ("x" * 400 in str(change)) == (body["code"] == "context_length_exceeded")
     assert match in body["message"] and body["type"] == "invalid_request_error" and "\n" not in body["message"]
     assert client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=2).choices  # and it goes on
 
