@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import decdec
 from decdec import hub
@@ -19,6 +20,7 @@ from random_model import give_residuals, random_decoder
 from runtime import check_device, default_device, default_dtype, describe
 from runtime_arguments import compensation_of, make_runtime
 from sampling import Sampling
+from step_profile import profile
 from stepper import Stepper
 
 
@@ -52,8 +54,7 @@ def measure(stepper: Stepper, prompt_tokens: int, new_tokens: int, runs: int, wa
     synchronize = torch.cuda.synchronize if stepper.on_gpu else lambda: None
     if stepper.on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(len(stepper.decoder.head.weight), (prompt_tokens,), generator=generator).to(device)
+    prompt = random_prompt(stepper, prompt_tokens)
     times, prefill_times = [], []
     for _ in range(warm_up + runs):
         stepper.begin(prompt_tokens + new_tokens, sampling)
@@ -73,6 +74,12 @@ def measure(stepper: Stepper, prompt_tokens: int, new_tokens: int, runs: int, wa
     return Measured(tuple(times[warm_up:]), statistics.median(prefill_times[warm_up:]),
                     memory["device_bytes"] - (0 if tied else embedding.nbytes),
                     torch.cuda.max_memory_allocated(device) if stepper.on_gpu else 0, memory["host_bytes"])
+
+
+def random_prompt(stepper: Stepper, tokens: int) -> Tensor:
+    """The same random token ids int64 ``(tokens,)`` in every run, on the stepper's device."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(len(stepper.decoder.head.weight), (tokens,), generator=generator).to(stepper.token.device)
 
 
 def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +117,7 @@ def run_benchmark(arguments: argparse.Namespace, sampling: Sampling) -> None:
             if arguments.out:
                 append_row(arguments.out, row)
         if arguments.profile:
-            print(profile(stepper, arguments.prompt_tokens, sampling), flush=True)
+            print(profile(stepper, random_prompt(stepper, arguments.prompt_tokens), sampling), flush=True)
 
 
 def _random(arguments: argparse.Namespace) -> tuple[Stepper, dict]:
@@ -140,29 +147,3 @@ def _of_model(arguments: argparse.Namespace) -> tuple[Stepper, dict]:
         bits = {layer.bits for layer in hub.compensated_layers(runtime.decoder).values()}
         what |= {"method": runtime.decoder.decdec.quant.method, "bits": sum(bits) / len(bits)}
     return runtime.stepper, what
-
-
-def profile(stepper: Stepper, prompt_tokens: int, sampling: Sampling, tokens: int = 8) -> str:
-    """A table of one token's kernels (on the CPU: operators): count, microseconds each and together, share.
-
-    A kernel that starts early, while the one ahead of it ends, is counted from its start, so that the sum may exceed
-    the time of a token, which the last line tells.
-    """
-    from torch.profiler import ProfilerActivity
-
-    kind = ProfilerActivity.CUDA if stepper.on_gpu else ProfilerActivity.CPU
-    measured = measure(stepper, prompt_tokens, 64, 3, sampling=sampling)
-    with torch.profiler.profile(activities=[kind]) as seen:
-        for _ in range(tokens):
-            stepper.advance()
-        if stepper.on_gpu:
-            torch.cuda.synchronize()
-    times = {event.key: (event.count, event.self_device_time_total if stepper.on_gpu else event.self_cpu_time_total)
-             for event in seen.key_averages()}
-    total = sum(us for _, us in times.values())
-    lines = [f"{'us a token':>10} {'share':>6} {'count':>6} {'us each':>8}  kernel"]
-    for name, (count, us) in sorted(times.items(), key=lambda item: -item[1][1]):
-        if us:
-            lines.append(f"{us / tokens:10.1f} {us / total:6.1%} {count / tokens:6.1f} {us / count:8.2f}  {name[:100]}")
-    lines.append(f"{total / tokens:10.1f}  in all; a token takes {1e3 * measured.ms_per_token:.1f} us")
-    return "\n".join(lines)
