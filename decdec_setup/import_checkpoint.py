@@ -27,6 +27,7 @@ from base_model import BaseModel
 from folder import COPIED, atomic_folder, local_folder, model_identity, save_tensors, summary
 from foreign import ForeignFolder
 from foreign_formats import ForeignLayer
+from model_card import card
 from scaling import SCALING, scaled_state
 from unfold_scaling import find_scaling
 
@@ -117,6 +118,7 @@ def import_checkpoint(foreign: str, out: str | Path, model: str | None = None) -
         save_tensors(target / "model.safetensors", rest | tensors)
         if scaling:
             save_tensors(target / SCALING, scaling)
+        (target / "README.md").write_text(card(out.resolve().name, quant), encoding="utf-8")
         write_json(target / "config.json", folder.config | {"quantization_config": quant.to_dict()})
     if not scaling:
         (out / SCALING).unlink(missing_ok=True)

@@ -5,12 +5,15 @@ from pathlib import Path
 from decdec.artifacts import QuantConfig
 from decdec.text import NAMES as SOURCES
 
-NAMES = {"awq": "AWQ", "squeezellm": "SqueezeLLM", "gptq": "GPTQ", "rtn": "round-to-nearest"}
+NAMES = {"awq": "AWQ", "squeezellm": "SqueezeLLM", "gptq": "GPTQ", "rtn": "round-to-nearest", "hqq": "HQQ",
+         "compressed-tensors": "compressed-tensors"}
 
 
 def quantize_command(quant: QuantConfig) -> str:
     """The command that made the base weights, as far as their config tells it."""
     calibration = quant.calibration
+    if "imported_from" in calibration:
+        return f"python decdec_setup/import_checkpoint.py {calibration['imported_from']} FOLDER --model {quant.base_model}"
     mixed = sorted({quant.bits, *quant.layer_bits.values()})
     bits = str(quant.bits) if len(mixed) == 1 else f"{sum(mixed) / 2:g} --bit-map MAP.json"
     options = [f"--model {quant.base_model}", f"--method {quant.method}", f"--bits {bits}"]

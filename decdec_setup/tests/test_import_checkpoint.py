@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from decdec.testing import refused, run_script
 import import_checkpoint as script
 from cheatsheet import make_cheatsheet
 from import_checkpoint import import_checkpoint
+from runtime import Runtime
 from thresholds import make_thresholds
 
 IDS = torch.arange(2, 26)[None]
@@ -190,6 +192,25 @@ def test_residuals_and_thresholds_follow_as_for_any_folder(tiny, calibration, tm
             make_cheatsheet(out, nested=True, bits=2)
 
 
+def test_the_runtime_takes_inputs_in_activation_order(tiny, tmp_path):
+    def pack(name, weight):
+        torch.manual_seed(weight.shape[1])  # layers of one input have one order, as GPTQ's have
+        return gptq(name, weight, 3, act_order=True)
+
+    write(tiny, tmp_path / "foreign", pack, settings("gptq", 3))
+    out = tmp_path / "out"
+    import_checkpoint(str(tmp_path / "foreign"), out, str(tiny))
+    make_cheatsheet(out)
+    model, prompt = hub.load(out), IDS[0].tolist()
+    runtime = Runtime(out, device="cpu")
+    for setting in (Compensation(), Compensation(64, "exact")):
+        hub.set_compensation(model, setting)
+        runtime.compensate(setting)
+        found = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=12, do_sample=False,
+                               pad_token_id=0, eos_token_id=None)
+        assert list(runtime.stream(prompt, 12, stop=())) == found[0, len(prompt):].tolist()
+
+
 def folded(model):
     """``model`` with random scales folded into norms, and from ``up`` into ``down``: the same function."""
     torch.manual_seed(1)
@@ -325,4 +346,7 @@ def test_the_script(tiny, tmp_path):
     first, second = run_script(*command), run_script(*command)
     assert json.loads(first.stdout)["wrote"] == str(tmp_path / "out"), first.stderr
     assert "already holds" in second.stdout
+    described = run_script(Path(script.__file__).with_name("describe.py"), tmp_path / "out")
+    assert "gptq (uniform), 4 bits, groups of 64" in described.stdout, described.stderr
+    assert "import_checkpoint.py foreign FOLDER" in (tmp_path / "out" / "README.md").read_text()
     assert "model folder or a hub id" in refused(run_script(script.__file__, tmp_path / "nothing", tmp_path / "out"))
