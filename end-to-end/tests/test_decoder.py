@@ -12,6 +12,7 @@ from decdec.linear import Compensation
 from decdec.testing import quick_folder
 from decoder import Decoder
 from generation import Timing, generate
+from random_model import random_model
 from stepper import Stepper
 
 SIZES = dict(vocab_size=160, hidden_size=96, intermediate_size=1088, num_hidden_layers=2, num_attention_heads=6,
@@ -143,6 +144,20 @@ def test_an_8_bit_head_rounds_every_token_to_its_own_scale():
     assert (error <= weight.abs().amax(dim=1, keepdim=True) / 254 * 1.001).all()
     want, got = (logits_of_decoder(decoder, PROMPT, 15) for decoder in (plain, rounded))
     assert 0 < (got - want).abs().mean() < 0.02 * want.std()
+
+
+@pytest.mark.parametrize("form", ["codebook", "uniform"])
+def test_blocks_may_differ_in_their_bits(form):
+    config = transformers.LlamaConfig(**SIZES | dict(hidden_size=256, intermediate_size=1152, num_attention_heads=8))
+
+    def made():
+        torch.manual_seed(0)
+        return random_model(config, 3.5, form, torch.float32, torch.device("cpu")).eval()
+
+    decoder = Decoder(made())
+    assert [block.gu.bits for block in decoder.blocks] == [3, 4]
+    want = logits_of_hugging_face(made(), PROMPT, 15)
+    assert_close(logits_of_decoder(decoder, PROMPT, 15), want, rtol=1e-3, atol=1e-3 * float(want.std()))
 
 
 def test_memory_and_settings_work_as_on_the_model(tmp_path):
