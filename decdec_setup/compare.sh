@@ -37,3 +37,4 @@ for method in ${METHODS:-awq squeezellm gptq rtn}; do
     "${quantize[@]}" --bits 3.5 --out "$name-$method-w3.5" --bit-map "$map" "${reuse[@]}"
     for folder in "$low" "$name-$method-w3.5" "$high"; do measure "$folder"; done
 done
+"$python" "$evaluation/table.py" "$rows"

@@ -14,7 +14,7 @@ import transformers
 from decdec.testing import run_script
 
 ROOM = Path(__file__).parents[1]
-KILLS = int(os.environ.get("KILLS", "5"))
+KILLS = int(os.environ.get("KILLS", "3"))
 WORK = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
