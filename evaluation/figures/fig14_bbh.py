@@ -40,7 +40,9 @@ def main() -> None:
     means, subtasks = accuracies(rows)
     lines, original = by_k_chunk(means, "accuracy", arguments.selection)
     with style.figure(arguments.out) as (_, axes):
-        draw_k_chunk(axes, lines, original, f"BBH exact match (%), {subtasks} subtasks")
+        draw_k_chunk(axes, lines, original, "BBH exact match (%)")
+        examples = f"{rows[-1]['limit']} examples each" if rows[-1]["limit"] else "all examples"
+        axes.set_title(f"{subtasks} subtasks, {examples}")
         axes.legend()
     written(arguments.out)
 

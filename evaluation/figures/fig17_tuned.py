@@ -1,7 +1,7 @@
 """Figures 17 and 18 of the paper: perplexity against time a token at the tuner's targets, a panel a GPU, from rows of tuned.py.
 
 Each line starts at the base weights alone; the points after it are the targets. Figure 17 is drawn for the paper's five client
-GPUs, Figure 18 for others (--gpus). A panel's title says whether its times were measured, predicted or simulated.
+GPUs, Figure 18 for others (--gpus). A panel's title says whether its times were measured, predicted, simulated or by the paper's law.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main() -> None:
                 for row in points[1:]:
                     panel.annotate(f"{row['target_percent']:g} %", (row["ms_per_token"], row["perplexity"]), xytext=(2, 3),
                                    textcoords="offset points", fontsize=5.5)
-            panel.set_title(f"{gpu} ({', '.join(sorted({row['timing'] for row in rows if row['gpu'] == gpu}))} times)")
+            panel.set_title(f"{gpu}, times {', '.join(sorted({row['timing'] for row in rows if row['gpu'] == gpu}))}")
             panel.set_ylabel("Perplexity")
         axes[-1, 0].set_xlabel("Time a token (ms)")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
