@@ -1,6 +1,8 @@
 """Every method on tiny random models of other architectures: biases, q/k norms, fused projections, norms of (1 + weight)."""
 
+import gc
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,3 +116,17 @@ def test_a_model_read_block_by_block_is_the_one_loaded_whole(family, name):
         assert torch.equal(value, state[key])
     for (key, value), (_, expected) in zip(base.model.named_buffers(), whole.named_buffers()):
         torch.testing.assert_close(value.float(), expected.float(), rtol=1e-3, atol=1e-5, msg=key)
+
+
+def test_files_do_not_stay_mapped(family):
+    """Pages of a mapped file count as this process's memory, in the end the whole model's."""
+    def mapped():
+        gc.collect()
+        return Path("/proc/self/maps").read_text().count(str(family("qwen2") / "model.safetensors"))
+
+    base = BaseModel(family("qwen2"))
+    before = mapped()
+    block = base.block(0)
+    assert block and mapped() > before
+    del block
+    assert mapped() == before
