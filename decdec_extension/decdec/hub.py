@@ -63,6 +63,9 @@ def attach(model: nn.Module, folder: str | Path, compensation: Compensation | Ma
     """
     folder = Path(folder)
     quant = artifacts.read_quant_config(folder)
+    if any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules()):
+        raise UserError("model: its weights are offloaded by accelerate, which would bring the old ones back; "
+                        "give the device_map to from_pretrained(folder) instead")
     model.decdec = Source(folder, quant, Path(cheatsheet or folder / artifacts.CHEATSHEET))
     with ExitStack() as stack:
         tensors = _Tensors(folder, stack)

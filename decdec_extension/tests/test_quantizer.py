@@ -21,6 +21,8 @@ from decdec.testing import quick_folder
 SIZES = dict(vocab_size=160, hidden_size=96, intermediate_size=1088, num_hidden_layers=2, num_attention_heads=6,
              num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, initializer_range=0.1)
 IDS = torch.arange(24)[None] * 5 % 160
+PLACES = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
+          "model.rotary_emb": "cpu", "lm_head": "cpu"}
 
 
 @torch.no_grad()
@@ -134,9 +136,7 @@ def test_a_plan_is_picked_up(folder, tmp_path):
 @pytest.mark.parametrize("offload_buffers", [False, True])
 def test_a_device_map_with_offloaded_blocks(folder, tmp_path, offload_buffers):
     everything = Compensation(8, prefill=True)
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
-              "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=places,
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=PLACES,
                                                  offload_folder=tmp_path, offload_buffers=offload_buffers)
     assert model.model.layers[1].mlp.up_proj.qweight.is_meta == offload_buffers
     assert_close(logits(model), logits(hub.load(folder)), rtol=1e-5, atol=1e-5)
@@ -145,6 +145,14 @@ def test_a_device_map_with_offloaded_blocks(folder, tmp_path, offload_buffers):
     assert_close(logits(model), logits(want), rtol=1e-5, atol=1e-5)
     settings = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert torch.equal(model.generate(IDS, **settings), want.generate(IDS, **settings))
+
+
+def test_attaching_to_an_offloaded_model_is_refused(folder, tmp_path):
+    original = AutoModelForCausalLM.from_config(plain_config(folder), dtype=torch.float32)
+    original.save_pretrained(tmp_path / "original")
+    offloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "original", device_map=PLACES, offload_folder=tmp_path)
+    with pytest.raises(UserError, match="offloaded by accelerate"):
+        hub.attach(offloaded, folder)
 
 
 def test_compiled_for_a_whole_graph(folder):
