@@ -25,7 +25,7 @@ from decdec import artifacts, models, packing, text
 from decdec.errors import UserError, run
 from decdec.reference import CHUNK
 
-KEY = (*SUBJECT_KEY, "variant", "text_hash", "windows", "window_length", "calibration_hash")
+KEY = (*SUBJECT_KEY, "variant", "text_hash", "windows", "window_length", "calibration_hash", "samples")
 MAIN, SOME, ALSO_NONE = (8, 16, 32, 64), (16, 64), (0, 16, 64)
 
 
@@ -62,15 +62,14 @@ class Variant:
 
 def variants(uniform: bool) -> list[Variant]:
     """The variants for a base format, the most telling first."""
-    best, planes = ("nested", "nested") if uniform else ("fitted", "shared")
+    best, planes = ("nested", "nested") if uniform else ("row scales", "row planes")
     found = [Variant("paper", 4, (0, 4, *MAIN, 128)), Variant(best, 2, (*MAIN, 128)), Variant(best, 1, (*MAIN, 128, 256)),
              Variant(best, 3, MAIN), Variant(best, 4, MAIN), Variant("paper", 2, (*MAIN, 128)), Variant("exact", 16, (*MAIN, CHUNK))]
-    others = ["fitted", "groups of 64"] if uniform else ["groups of 64", "4 groups", "salient", "row scales", "table",
-                                                         "weighted table", "cell"]
-    found += [Variant(form, 2, MAIN) for form in others]
+    others = ["row scales"] if uniform else ["table", "weighted table", "cell"]
+    found += [Variant(form, 2) for form in ["fitted", "groups of 64", *others]]
     found += [Variant(best, 2, centred=share, k_chunks=ALSO_NONE) for share in (0.0, 0.1)]
     found += [Variant("paper", 4, rank=rank, k_chunks=ALSO_NONE) for rank in (4, 8, 16)]
-    found += [Variant("fitted", 2, rank=8, k_chunks=ALSO_NONE)]
+    found += [Variant("row scales", 2, rank=8, k_chunks=ALSO_NONE)]
     found += [Variant(planes, 0, tiers=tiers) for tiers in (((0.5, 2), (1.0, 1)), ((0.25, 4), (0.25, 2), (0.5, 1)),
                                                             ((1 / 3, 3), (1 / 3, 2), (1 / 3, 1)))]
     found += [Variant(best, 2, spread=True), Variant(best, 2, by_norm=True)]
@@ -126,7 +125,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048, help="tokens a window (default 2048)")
     parser.add_argument("--batch", type=int, default=1, help="windows at once (default 1)")
     parser.add_argument("--calibration", default="c4", help="text that the calibrated variants see (default c4)")
-    parser.add_argument("--samples", type=int, default=16, help="its samples of --length tokens (default 16)")
+    parser.add_argument("--samples", type=int, default=8, help="its samples of --length tokens (default 8)")
     parser.add_argument("--variant", action="append", metavar="NAME", help="only this one, by its name in the rows; may be repeated")
     parser.add_argument("--k-chunk", type=int, nargs="+", default=(), metavar="K", help="only these (default: those of each variant)")
     parser.add_argument("--out", default="evaluation/results/selection_study.jsonl", help="JSON-lines file the rows go to")
@@ -151,7 +150,8 @@ def main() -> None:
     ids = text.windows(evaluation, tokenizer, arguments.length, arguments.windows).to(subject.device)
     shared = subject.describe("selection_study") | {
         "selection": "exact", "text": evaluation.name, "text_hash": evaluation.hash, "windows": len(ids),
-        "window_length": arguments.length, "calibration": calibration.name, "calibration_hash": calibration.hash}
+        "window_length": arguments.length, "calibration": calibration.name, "calibration_hash": calibration.hash,
+        "samples": arguments.samples}
     if subject.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TensorFloat-32, in every variant alike
         shared["dtype"] = "tf32" if subject.dtype == "float32" else subject.dtype

@@ -47,32 +47,29 @@ def fitted(layer: StudyLinear, target: Tensor, bits: int, energy: Tensor) -> tup
     return _split(target, fit_interval(target, bits), bits), 2 * layer.d_out
 
 
-def shared(layer: StudyLinear, target: Tensor, bits: int, energy: Tensor) -> tuple[Tensor, int]:
-    """The interval that fits best at 2 bits, split into more or fewer parts: what bit planes of one residual hold."""
-    return _split(target, fit_interval(target, 2), bits), 2 * layer.d_out
+def groups_of_64(layer: StudyLinear, target: Tensor, bits: int, energy: Tensor) -> tuple[Tensor, int]:
+    """An interval per output channel and 64 inputs, split."""
+    groups = target.unflatten(1, (-1, 64))
+    width = fit_interval(groups.flatten(0, 1), bits).view(groups.shape[:2]).t()
+    return _split(target, width, bits), 2 * width.numel()
 
 
-def salient(layer: StudyLinear, target: Tensor, bits: int, energy: Tensor) -> tuple[Tensor, int]:
-    """The interval that fits the quarter of input channels with the largest mean square."""
-    often = energy.topk(layer.d_in // 4).indices
-    return _split(target, fit_interval(target[:, often], bits), bits), 2 * layer.d_out
+def _row_factor(target: Tensor) -> Tensor:
+    """Root mean square of each input channel's residual, ``(d_in,)``."""
+    return target.square().mean(0).sqrt().clamp_min(1e-12)
 
 
-def grouped(count: int | None = None, size: int | None = None) -> Form:
-    """Several intervals per output channel: for each of ``count`` parts, or of parts of ``size`` inputs, split."""
-
-    def form(layer: StudyLinear, target: Tensor, bits: int, energy: Tensor) -> tuple[Tensor, int]:
-        groups = target.unflatten(1, (count or -1, size or -1))
-        width = fit_interval(groups.flatten(0, 1), bits).view(groups.shape[:2]).t()
-        return _split(target, width, bits), 2 * width.numel()
-
-    return form
-
-
-def row_scaled(layer: StudyLinear, target: Tensor, bits: int, energy: Tensor) -> tuple[Tensor, int]:
+def row_scales(layer: StudyLinear, target: Tensor, bits: int, energy: Tensor) -> tuple[Tensor, int]:
     """A factor per input channel times an interval per output channel, split."""
-    factor = target.square().mean(0).sqrt().clamp_min(1e-12)
-    return fitted(layer, target / factor, bits, energy)[0] * factor, 2 * (layer.d_out + layer.d_in)
+    factor = _row_factor(target)
+    return fitted(layer, target / factor, bits, energy)[0] * factor, 2 * layer.d_out + 4 * layer.d_in
+
+
+def row_planes(layer: StudyLinear, target: Tensor, bits: int, energy: Tensor) -> tuple[Tensor, int]:
+    """The same with the interval that fits best at 2 bits, split into more or fewer parts: what bit planes of one residual hold."""
+    factor = _row_factor(target)
+    even = target / factor
+    return _split(even, fit_interval(even, 2), bits) * factor, 2 * layer.d_out + 4 * layer.d_in
 
 
 def _tables(target: Tensor, entries: int, weight: Tensor) -> Tensor:
@@ -111,6 +108,6 @@ def cell(layer: StudyLinear, target: Tensor, bits: int, energy: Tensor) -> tuple
     return low + (code + 0.5) * step - layer.weight, 0
 
 
-FORMS: dict[str, Form] = {"exact": exact, "paper": paper, "nested": nested, "fitted": fitted, "shared": shared, "salient": salient,
-                          "groups of 64": grouped(size=64), "4 groups": grouped(count=4), "row scales": row_scaled, "table": table,
-                          "weighted table": table_weighted, "cell": cell}
+FORMS: dict[str, Form] = {"exact": exact, "paper": paper, "nested": nested, "fitted": fitted, "groups of 64": groups_of_64,
+                          "row scales": row_scales, "row planes": row_planes, "table": table, "weighted table": table_weighted,
+                          "cell": cell}

@@ -20,7 +20,7 @@ from decdec.files import atomic
 # Llama-3-8B-Instruct on WikiText, as the paper prints it: perplexity at k_chunk 0, at 8, and at a tuned k_chunk (the mean over layers).
 PAPER = {"awq": (10.15, {8: 9.63, 56: 9.12}), "squeezellm": (10.49, {8: 9.93, 46: 9.41})}
 FORMAT = {"awq": "uniform", "squeezellm": "codebook"}
-OURS = {"awq": "nested 2", "squeezellm": "fitted 2"}
+OURS = {"awq": "nested 2", "squeezellm": "row scales 2"}
 REFERENCE = ("paper 4", 16)  # the recovered loss that every other one is measured by
 Curve = Callable[[float], float]
 

@@ -62,7 +62,7 @@ def variant_table(points: Points) -> list[str]:
 
 def plain_forms(points: Points) -> dict[str, dict[int, dict]]:
     """``{variant: {k_chunk: row}}`` of the paper's form and of the base's own nested one, which differ in bits alone."""
-    form = "nested" if any(row["form"] == "nested" for row in points.values()) else "fitted"
+    form = "nested" if any(row["form"] == "nested" for row in points.values()) else "row scales"
     found = defaultdict(dict)
     for (variant, k_chunk), row in points.items():
         if k_chunk and variant in (PAPER, "paper 2", *(f"{form} {bits}" for bits in (1, 2, 3, 4))):

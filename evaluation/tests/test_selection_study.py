@@ -122,8 +122,15 @@ def test_forms_leave_the_error_that_theory_predicts(layer):
     for bits in (1, 2, 3):  # each bit quarters the squared error of a residual that fills its interval evenly
         assert left[bounded, bits] == pytest.approx(0.25**bits, rel=0.25)
     assert left["table", 2] <= left["fitted", 2] <= left["paper", 2]
-    assert left["fitted", 2] == left["shared", 2] and left["4 groups", 2] < 1.05 * left["fitted", 2]
+    assert left["row scales", 2] == left["row planes", 2] and left["row planes", 3] < 0.5 * left["row planes", 2]
     assert left["exact", 1] < 1e-6
+
+
+def test_row_scales_keep_small_rows_from_the_noise_of_large_ones(layer):
+    target = layer.exact * torch.linspace(0.05, 2, layer.d_in)
+    error = {name: (FORMS[name](layer, target, 2, torch.ones(layer.d_in))[0] - target).square().mean(0) / target.square().mean(0)
+             for name in ("fitted", "row scales")}
+    assert error["row scales"].max() < 0.2 and error["fitted"][:100].mean() > 1  # there storing nothing would be better
 
 
 def test_chosen_channels_and_shares(layer):
