@@ -68,7 +68,7 @@ def _prepared(runner: BlockRunner, bits: Sequence[int], group_size: int,
         groups = find_groups(runner, index, block, hidden[0]) if index in todo else []
         producers = [find_producer(runner, index, block, group, groups, hidden[0]) for group in groups]
         with watch(groups):
-            hidden = [runner.call(index, block, state).to(runner.dtype) for state in hidden]
+            hidden = runner.advance(index, block, hidden)
         if index in todo:
             yield partial(_search, index, groups, producers, bits[index], group_size)
 

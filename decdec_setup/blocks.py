@@ -41,8 +41,7 @@ class BlockRunner:
         self.devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if every else [device]
         self.device = self.devices[0]
         self.prefix, self.blocks = decoder_blocks(model)
-        # Hidden states wait in the precision the model itself was published in.
-        self.dtype = next(self.blocks.parameters()).dtype
+        self._dtype = next(self.blocks.parameters()).dtype
         inside = {id(tensor) for tensor in (*self.blocks.parameters(), *self.blocks.buffers())}
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.requires_grad_(False)
@@ -56,7 +55,7 @@ class BlockRunner:
         hidden = []
 
         def reach(block: nn.Module, args: tuple, kwargs: dict) -> None:
-            hidden.append(_hidden_of(args, kwargs).to(self.dtype))
+            hidden.append(self._waiting(_hidden_of(args, kwargs)))
             raise _Reached
 
         hook = self.blocks[0].register_forward_pre_hook(reach, with_kwargs=True)
@@ -88,6 +87,15 @@ class BlockRunner:
         if not bool(output.isfinite().all()):
             raise UserError(f"model: {self.prefix}.{index} gives activations that are not finite on the calibration text")
         return output
+
+    def advance(self, index: int, block: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
+        """Outputs of block ``index`` (``block`` is it, or its copy) for every sample, as the next block's inputs wait for it."""
+        return [self._waiting(self.call(index, block, state)) for state in hidden]
+
+    def _waiting(self, state: Tensor) -> Tensor:
+        """``state`` in the precision that the model was published in, or in float32 where it is beyond that one's range."""
+        rounded = state.to(self._dtype)
+        return rounded if bool(rounded.isfinite().all()) else state
 
     def logits(self, hidden: Tensor, sample: Tensor) -> Tensor:
         """Logits ``(length, vocabulary)`` that follow from the last block's output ``hidden``."""

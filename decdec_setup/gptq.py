@@ -48,7 +48,7 @@ def quantize_blocks(runner: BlockRunner, bits: Sequence[int], group_size: int, t
             for name, module in block_linears(runner, index, block).items():
                 packed = (tensors[f"{name}.{key}"].to(module.weight.device) for key in PARTS["uniform"])
                 module.weight.copy_(reference.uniform_dequantize(*packed, module.in_features, torch.float32))
-            hidden = [runner.call(index, block, state).to(runner.dtype) for state in hidden]
+            hidden = runner.advance(index, block, hidden)
         if index in todo:
             yield index, tensors
 

@@ -35,11 +35,11 @@ def divergences(runner: BlockRunner, folders: list[QuantizedBlocks]) -> Tensor:
     for index in tqdm(range(len(runner.blocks)), desc="blocks", unit="block"):
         block = runner.copy_block(index)
         for key, states in variants.items():
-            variants[key] = [runner.call(index, block, state).to(runner.dtype) for state in states]
+            variants[key] = runner.advance(index, block, states)
         for which, folder in enumerate(folders):
             changed = folder.load_into(runner.copy_block(index), f"{runner.prefix}.{index}")
-            variants[index, which] = [runner.call(index, changed, state).to(runner.dtype) for state in clean]
-        clean = [runner.call(index, block, state).to(runner.dtype) for state in clean]
+            variants[index, which] = runner.advance(index, changed, clean)
+        clean = runner.advance(index, block, clean)
     wanted = [runner.logits(state, sample).float().log_softmax(-1) for state, sample in zip(clean, runner.samples)]
     found = torch.zeros(len(runner.blocks), len(folders), dtype=torch.float64)
     for (index, which), states in tqdm(variants.items(), desc="outputs", unit="variant"):

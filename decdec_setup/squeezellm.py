@@ -69,8 +69,7 @@ def _prepared(runner: BlockRunner, bits: Sequence[int],
 
 @torch.no_grad()
 def _forward(runner: BlockRunner, index: int, states: list[Tensor]) -> list[Tensor]:
-    block = runner.copy_block(index)
-    return [runner.call(index, block, state).to(runner.dtype).cpu() for state in states]
+    return [state.cpu() for state in runner.advance(index, runner.copy_block(index), states)]
 
 
 def _stride(count: int, size: int) -> int:

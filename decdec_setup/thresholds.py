@@ -67,7 +67,7 @@ def statistics(runner: BlockRunner, scaling: dict[str, Tensor], quantized: Quant
     for index in tqdm(range(max(todo) + 1), desc="thresholds", unit="block"):
         block = runner.copy_block(index)
         if index not in todo:
-            hidden = [runner.call(index, block, state).to(runner.dtype) for state in hidden]
+            hidden = runner.advance(index, block, hidden)
             continue
         linears = block_linears(runner, index, block)
         outputs = {name: [] for name in linears}
@@ -81,7 +81,7 @@ def statistics(runner: BlockRunner, scaling: dict[str, Tensor], quantized: Quant
         for name, module in linears.items():
             hooks.append(module.register_forward_hook(lambda module, _, output, energies=outputs[name]:
                                                       energies.append(_energy(output, module.bias))))
-        hidden = [runner.call(index, block, state).to(runner.dtype) for state in hidden]
+        hidden = runner.advance(index, block, hidden)
         for hook in hooks:
             hook.remove()
         found: dict[str, Tensor] = {}

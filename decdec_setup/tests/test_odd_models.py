@@ -69,6 +69,24 @@ def test_a_layer_of_zeros_and_odd_widths_go_through_every_stage(odd, calibration
     assert (found - wanted).norm() < 0.05 * wanted.norm()
 
 
+@pytest.mark.parametrize("method", ["awq", "gptq", "squeezellm"])
+def test_hidden_states_beyond_float16_stay_finite(odd, calibration, tmp_path, method):
+    """As in Gemma 3, whose residual stream grows past 65504 while its weights are published in 16 bits."""
+    def grow(model):
+        model.model.layers[0].mlp.down_proj.weight.normal_().mul_(9000)
+        model.model.layers[0].mlp.gate_proj.weight.mul_(40)
+        model.model.layers[0].mlp.up_proj.weight.mul_(40)
+
+    source = odd(grow, num_hidden_layers=2)
+    seen = []
+    model = load_model(str(source), torch.float32)
+    model.model.layers[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].abs().max()))
+    model(torch.arange(2, 40)[None])
+    assert 65504 < seen[0] < 1e9
+    quantize(str(source), method, 3, str(tmp_path / "out"), **calibration)
+    make_thresholds(tmp_path / "out", **calibration)
+
+
 def test_groups_that_do_not_divide_the_inputs_are_refused(odd, calibration, tmp_path):
     for method in ("awq", "gptq", "rtn"):
         with pytest.raises(UserError, match="group-size: expected a divisor of every layer's inputs, got 16 for 42 inputs"):
