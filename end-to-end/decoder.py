@@ -115,11 +115,11 @@ class Block(nn.Module):
         """One token ``x`` ``(1, hidden)`` at ``position`` int64 ``(1,)``; the rest as :func:`decdec.decode_ops.attend`
         takes it."""
         norms = (None, None, 1e-6) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
-        attended = decode_ops.attend(self.qkv(self.input_norm(x)), position, keys, values, rotary.frequencies,
-                                     rotary.scaling, rotary.long_from, self.scaling, self.window or 0, *norms,
-                                     live_at_most, workspace)
-        x = _add(x, self.o, attended)
-        return _add(x, self.d, self._gated(self.gu(self.mlp_norm(x))))
+        qkv = _step(self.qkv, x, norm=self.input_norm)
+        attended = decode_ops.attend(qkv, position, keys, values, rotary.frequencies, rotary.scaling, rotary.long_from,
+                                     self.scaling, self.window or 0, *norms, live_at_most, workspace)
+        x = _step(self.o, attended, x)
+        return _step(self.d, self._gated(_step(self.gu, x, norm=self.mlp_norm)), x)
 
     def _gated(self, gate_up: Tensor) -> Tensor:
         if self.silu:
@@ -221,9 +221,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
-def _add(stream: Tensor, layer: nn.Module, x: Tensor) -> Tensor:
-    """``stream + layer(x)`` of one token; a layer of packed weights adds before it rounds."""
-    return layer.add(stream, x) if isinstance(layer, CompensatedLinear) else stream + layer(x)
+def _step(layer: nn.Module, x: Tensor, stream: Tensor | None = None, norm: RMSNorm | None = None) -> Tensor:
+    """``stream + layer(norm(x))`` of one token, as :meth:`decdec.linear.CompensatedLinear.step` for any layer."""
+    if isinstance(layer, CompensatedLinear):
+        return layer.step(x, stream, None if norm is None else (norm.weight, norm.eps))
+    out = layer(x if norm is None else norm(x))
+    return out if stream is None else stream + out
 
 
 def _fused(parent: nn.Module, names: tuple[str, ...], name: str) -> nn.Module:

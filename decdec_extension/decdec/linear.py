@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from decdec import ops, packing
+from decdec import decode_ops, ops, packing
 from decdec.artifacts import Thresholds
 from decdec.errors import UserError
 from decdec.models import layer_kind
@@ -166,27 +166,40 @@ class CompensatedLinear(nn.Module):
             out = self._by_matmul(rows, compensated)
         return out.reshape(*x.shape[:-1], self.out_features)
 
-    def add(self, stream: Tensor, x: Tensor) -> Tensor:
-        """``stream + self(x)`` of a decode step: ``stream`` ``(1, out_features)``, ``x`` ``(1, in_features)``.
+    def step(self, x: Tensor, stream: Tensor | None = None, norm: tuple[Tensor, float] | None = None) -> Tensor:
+        """``stream + self(normed(x))`` of a decode step: ``stream`` ``(1, out_features)``, ``x`` ``(1, in_features)``.
 
-        A layer without a bias adds the stream in its place, before the sum is rounded: one kernel less on a GPU.
+        ``norm``: weight and epsilon of an RMSNorm of x. A layer without a bias adds the stream in its place, before the
+        sum is rounded, and on a GPU most layers norm x themselves: some kernels less.
         """
-        if self.bias is not None:
-            return stream + self(x)
-        return self._by_gemv(self._taken(x), self.compensation.k_chunk > 0, stream.view(-1))
+        if norm is not None and not self._norms():
+            x, norm = decode_ops.rms_norm(x, *norm), None
+        beside = stream is not None and self.bias is not None
+        bias = self.bias if stream is None or beside else stream.view(-1)
+        out = self._by_gemv(self._taken(x), self.compensation.k_chunk > 0, bias, *(norm or (None, 0.0)))
+        return stream + out if beside else out
+
+    def _norms(self) -> bool:
+        """Whether the ops can norm this layer's input themselves."""
+        whole = self.in_features % 8 == 0 and self.compensation.selection in ("bucket", "exact")
+        if self.format == "uniform":
+            whole = whole and self.in_features // len(self.scales) % 32 == 0 and self.out_features % 2 == 0
+        return whole and self.order is None and self.qweight.is_cuda
 
     def _taken(self, rows: Tensor) -> Tensor:
         """``rows`` with the inputs in the order of the packed weights."""
         return rows if self.order is None else rows.index_select(1, self.order)
 
-    def _by_gemv(self, rows: Tensor, compensated: bool, bias: Tensor | None) -> Tensor:
+    def _by_gemv(self, rows: Tensor, compensated: bool, bias: Tensor | None, norm: Tensor | None = None,
+                 norm_eps: float = 0.0) -> Tensor:
         if not compensated:
             gemv = ops.codebook_gemv if self.format == "codebook" else ops.uniform_gemv
-            return gemv(rows, *self._base(), bias)
+            return gemv(rows, *self._base(), bias, norm, norm_eps)
         if self.compensation.selection in ("bucket", "exact"):
             gemv = ops.codebook_gemv_compensated if self.format == "codebook" else ops.uniform_gemv_compensated
             return gemv(rows, *self._base(), bias, *self._residual(), self.compensation.k_chunk,
-                        self.b_0, self.b_15, n_tb=self.compensation.n_tb, workspace=self.workspace)
+                        self.b_0, self.b_15, n_tb=self.compensation.n_tb, workspace=self.workspace,
+                        norm=norm, norm_eps=norm_eps)
         return self._by_gemv(rows, False, bias) + ops.residual_gemv(rows, self.channels(rows), *self._residual(),
                                                                     self.out_features)
 

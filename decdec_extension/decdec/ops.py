@@ -16,6 +16,9 @@ One schema serves the CPU and the CUDA implementation; :mod:`decdec.reference` i
 * ``k_chunk`` channels are selected in each 1024-wide chunk (section 4.3), in a last, narrower one its proportional share
   rounded up. ``b_0`` and ``b_15`` are the paper's two bucket boundaries; without them the selection is exact. Ties, and the
   bucket that overflows, are cut at the lowest index. NaN and Inf are never selected.
+* ``norm`` (``(d_in,)``, dtype of ``x``), on a GPU alone: ``x`` first passes an RMSNorm with this weight and ``norm_eps``, as if by
+  :func:`decdec.decode_ops.rms_norm`. ``d_in`` is a multiple of 8 then, uniform weights have groups of a multiple of 32 and
+  even ``d_out``.
 * ``center`` (float32 ``(d_in,)``) is subtracted from ``x`` before selection and residual product.
 
 Wrong shapes, dtypes, devices or values raise RuntimeError naming the argument, what was expected and what came.
@@ -57,14 +60,16 @@ def residual_quantize(residual: Tensor, residual_bits: int) -> tuple[Tensor, Ten
     return _ops.residual_quantize(residual.contiguous(), residual_bits)
 
 
-def codebook_gemv(x: Tensor, qweight: Tensor, codebook: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def codebook_gemv(x: Tensor, qweight: Tensor, codebook: Tensor, scale: Tensor, bias: Tensor | None = None,
+                  norm: Tensor | None = None, norm_eps: float = 0.0) -> Tensor:
     """Base GEMV of codebook weights: ``W_q x + bias``."""
-    return _ops.codebook_gemv(x.contiguous(), qweight, codebook, scale, bias)
+    return _ops.codebook_gemv(x.contiguous(), qweight, codebook, scale, bias, norm, norm_eps)
 
 
-def uniform_gemv(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None) -> Tensor:
+def uniform_gemv(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None,
+                 norm: Tensor | None = None, norm_eps: float = 0.0) -> Tensor:
     """Base GEMV of group-wise uniform weights: ``W_q x + bias``."""
-    return _ops.uniform_gemv(x.contiguous(), qweight, scales, zeros, bias)
+    return _ops.uniform_gemv(x.contiguous(), qweight, scales, zeros, bias, norm, norm_eps)
 
 
 def select_channels(x: Tensor, k_chunk: int, b_0: float | None = None, b_15: float | None = None,
@@ -85,23 +90,27 @@ def residual_gemv(x: Tensor, indices: Tensor, residual: Tensor, residual_scale: 
 def codebook_gemv_compensated(x: Tensor, qweight: Tensor, codebook: Tensor, scale: Tensor, bias: Tensor | None,
                               residual: Tensor, residual_scale: Tensor | None, residual_bits: int, nested: bool,
                               k_chunk: int, b_0: float | None = None, b_15: float | None = None,
-                              center: Tensor | None = None, n_tb: int = 8, workspace: Tensor | None = None) -> Tensor:
+                              center: Tensor | None = None, n_tb: int = 8, workspace: Tensor | None = None,
+                              norm: Tensor | None = None, norm_eps: float = 0.0) -> Tensor:
     """Compensated GEMV of codebook weights, ``(W_q + R ⊙ M(x)) x + bias``: selection, fetch, residual GEMV and merge at once.
 
     ``n_tb`` thread blocks fetch while the others run the base GEMV (section 4.3); the CPU ignores it. ``workspace``
     (:func:`workspace_bytes`) is all zero between calls; calls that may overlap need one each. Deterministic.
     """
     return _ops.codebook_gemv_compensated(x.contiguous(), qweight, codebook, scale, bias, residual, residual_scale,
-                                         residual_bits, nested, k_chunk, b_0, b_15, center, n_tb, workspace)
+                                         residual_bits, nested, k_chunk, b_0, b_15, center, n_tb, workspace,
+                                          norm, norm_eps)
 
 
 def uniform_gemv_compensated(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None,
                              residual: Tensor, residual_scale: Tensor | None, residual_bits: int, nested: bool,
                              k_chunk: int, b_0: float | None = None, b_15: float | None = None,
-                             center: Tensor | None = None, n_tb: int = 8, workspace: Tensor | None = None) -> Tensor:
+                             center: Tensor | None = None, n_tb: int = 8, workspace: Tensor | None = None,
+                             norm: Tensor | None = None, norm_eps: float = 0.0) -> Tensor:
     """Compensated GEMV of group-wise uniform weights; see :func:`codebook_gemv_compensated`."""
     return _ops.uniform_gemv_compensated(x.contiguous(), qweight, scales, zeros, bias, residual, residual_scale,
-                                         residual_bits, nested, k_chunk, b_0, b_15, center, n_tb, workspace)
+                                         residual_bits, nested, k_chunk, b_0, b_15, center, n_tb, workspace,
+                                          norm, norm_eps)
 
 
 def _fake(name):
@@ -129,12 +138,12 @@ def _(residual, residual_bits):
 
 
 @_fake("codebook_gemv")
-def _(x, qweight, codebook, scale, bias=None):
+def _(x, qweight, codebook, scale, bias=None, norm=None, norm_eps=0.0):
     return x.new_empty((x.shape[0], codebook.shape[0]))
 
 
 @_fake("uniform_gemv")
-def _(x, qweight, scales, zeros, bias=None):
+def _(x, qweight, scales, zeros, bias=None, norm=None, norm_eps=0.0):
     return x.new_empty((x.shape[0], scales.shape[1]))
 
 
@@ -150,11 +159,11 @@ def _(x, indices, residual, residual_scale, residual_bits, nested, d_out, center
 
 @_fake("codebook_gemv_compensated")
 def _(x, qweight, codebook, scale, bias, residual, residual_scale, residual_bits, nested, k_chunk, b_0=None, b_15=None,
-      center=None, n_tb=8, workspace=None):
+      center=None, n_tb=8, workspace=None, norm=None, norm_eps=0.0):
     return x.new_empty((x.shape[0], codebook.shape[0]))
 
 
 @_fake("uniform_gemv_compensated")
 def _(x, qweight, scales, zeros, bias, residual, residual_scale, residual_bits, nested, k_chunk, b_0=None, b_15=None,
-      center=None, n_tb=8, workspace=None):
+      center=None, n_tb=8, workspace=None, norm=None, norm_eps=0.0):
     return x.new_empty((x.shape[0], scales.shape[1]))

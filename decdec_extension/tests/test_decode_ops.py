@@ -6,6 +6,7 @@ from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from decdec import decode_ops as ops
+from decdec import ops as gemv
 from decdec import reference
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -146,3 +147,36 @@ def test_attend_follows_its_position_in_a_captured_graph():
 def test_wrong_arguments_are_named(call, match):
     with pytest.raises(RuntimeError, match=match):
         call(torch.randn(2, 64, device="cuda").half())
+
+
+@gpu
+@pytest.mark.parametrize("form", ["codebook", "uniform"])
+@pytest.mark.parametrize("d_in, batch, dtype", [(576, 1, torch.float16), (4096, 1, torch.bfloat16), (4096, 3, torch.float16),
+                                                (14336, 1, torch.float16), (14336, 8, torch.bfloat16),
+                                                (1056, 2, torch.float16)])
+def test_a_gemv_norms_its_input_itself(make_base, make_residual, form, d_in, batch, dtype):
+    base, residual = make_base(form, d_in, 192, 3, 32), make_residual(d_in, 192, 4)
+    weights, packed = ([part.cuda() if isinstance(part, torch.Tensor) else part for part in made.args]
+                       for made in (base, residual))
+    plain = gemv.codebook_gemv if form == "codebook" else gemv.uniform_gemv
+    compensated = gemv.codebook_gemv_compensated if form == "codebook" else gemv.uniform_gemv_compensated
+    x, norm = torch.randn(batch, d_in, device="cuda").to(dtype) * 3, torch.rand(d_in, device="cuda").to(dtype) + 0.5
+    normed = ops.rms_norm(x, norm, 1e-5)
+    rounding = torch.finfo(dtype).eps * 4
+    want = plain(normed, *weights)
+    assert_close(plain(x, *weights, norm=norm, norm_eps=1e-5), want, rtol=rounding, atol=rounding * float(want.std()))
+    # Every channel, so that no near tie decides.
+    want = compensated(normed, *weights, None, *packed, 1024)
+    got = compensated(x, *weights, None, *packed, 1024, norm=norm, norm_eps=1e-5)
+    assert_close(got, want, rtol=rounding, atol=rounding * float(want.std()))
+    few = compensated(x, *weights, None, *packed, 16, norm=norm, norm_eps=1e-5)
+    want = compensated(normed, *weights, None, *packed, 16)
+    assert (few - want).abs().mean() < 0.02 * want.std()
+    x[0, 3] = torch.nan
+    assert plain(x, *weights, norm=norm, norm_eps=1e-5)[0].isnan().all()
+
+
+def test_a_cpu_gemv_leaves_the_norm_to_its_op(make_base):
+    base = make_base("codebook", 64, 16, 3)
+    with pytest.raises(RuntimeError, match="norm: expected None on the CPU"):
+        gemv.codebook_gemv(torch.randn(1, 64), *base.args, norm=torch.ones(64), norm_eps=1e-6)

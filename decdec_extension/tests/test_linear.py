@@ -181,7 +181,7 @@ def test_inputs_in_an_order_of_the_packed_weights(selection):
     x = torch.randn((1, 200))
     stream = torch.randn((1, 32))
     layers[0].bias = None
-    assert_close(layers[0].add(stream, x), stream + layers[0](x), rtol=1e-4, atol=1e-4)
+    assert_close(layers[0].step(x, stream), stream + layers[0](x), rtol=1e-4, atol=1e-4)
     layers[1].order = layers[1].order.flip(0)
     with pytest.raises(UserError, match="different orders"):
         fuse(layers, "x.qkv_proj")

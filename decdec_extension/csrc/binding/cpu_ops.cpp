@@ -218,9 +218,15 @@ std::tuple<Tensor, Tensor> residual_quantize(const Tensor& residual, int64_t res
   return {codes, scale};
 }
 
+// A GPU's GEMV norms its input itself to save a launch; here that would save nothing.
+void check_no_norm(const char* op, const OptionalTensor& norm) {
+  if (norm) fail(op, "norm", "None on the CPU (decode_ops.rms_norm first)", describe(*norm));
+}
+
 Tensor codebook_gemv(const Tensor& x, const Tensor& qweight, const Tensor& codebook, const Tensor& scale,
-                     const OptionalTensor& bias) {
+                     const OptionalTensor& bias, const OptionalTensor& norm, double) {
   const char* op = "codebook_gemv";
+  check_no_norm(op, norm);
   check_x(op, x);
   const int64_t d_out = check_codebook(op, qweight, codebook, scale, x.size(1), x);
   check_bias(op, bias, d_out, x);
@@ -229,8 +235,9 @@ Tensor codebook_gemv(const Tensor& x, const Tensor& qweight, const Tensor& codeb
 }
 
 Tensor uniform_gemv(const Tensor& x, const Tensor& qweight, const Tensor& scales, const Tensor& zeros,
-                    const OptionalTensor& bias) {
+                    const OptionalTensor& bias, const OptionalTensor& norm, double) {
   const char* op = "uniform_gemv";
+  check_no_norm(op, norm);
   check_x(op, x);
   const int64_t d_out = check_uniform(op, qweight, scales, zeros, x.size(1), x);
   check_bias(op, bias, d_out, x);
@@ -272,8 +279,10 @@ Tensor codebook_gemv_compensated(const Tensor& x, const Tensor& qweight, const T
                                  const OptionalTensor& residual_scale, int64_t residual_bits, bool nested,
                                  int64_t k_chunk, const std::optional<double>& b_0, const std::optional<double>& b_15,
                                  const OptionalTensor& center, int64_t n_tb,
-                                 const OptionalTensor& /*workspace: of the GPU alone*/) {
+                                 const OptionalTensor& /*workspace: of the GPU alone*/, const OptionalTensor& norm,
+                                 double) {
   const char* op = "codebook_gemv_compensated";
+  check_no_norm(op, norm);
   check_x(op, x);
   check_codebook(op, qweight, codebook, scale, x.size(1), x);
   return multiply_compensated(op, x, codebook_weights(qweight, codebook, scale, x.size(1)), bias,
@@ -285,8 +294,10 @@ Tensor uniform_gemv_compensated(const Tensor& x, const Tensor& qweight, const Te
                                 const OptionalTensor& residual_scale, int64_t residual_bits, bool nested,
                                 int64_t k_chunk, const std::optional<double>& b_0, const std::optional<double>& b_15,
                                 const OptionalTensor& center, int64_t n_tb,
-                                const OptionalTensor& /*workspace: of the GPU alone*/) {
+                                const OptionalTensor& /*workspace: of the GPU alone*/, const OptionalTensor& norm,
+                                double) {
   const char* op = "uniform_gemv_compensated";
+  check_no_norm(op, norm);
   check_x(op, x);
   check_uniform(op, qweight, scales, zeros, x.size(1), x);
   return multiply_compensated(op, x, uniform_weights(qweight, scales, zeros, x.size(1)), bias,

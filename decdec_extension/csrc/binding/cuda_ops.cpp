@@ -87,14 +87,31 @@ void run(GemvParams& p, Format format, int64_t bits, const Tensor& x, const Opti
   if (p.batch > 0) cuda::launch_gemv(format, static_cast<int>(bits), p, stream);
 }
 
+// An RMSNorm that x passes on its way.
+struct NormArguments {
+  const OptionalTensor& weight;
+  double eps;
+};
+
+void set_norm(const char* op, GemvParams& p, const Tensor& x, Format format, const NormArguments& norm) {
+  if (!norm.weight) return;
+  check_tensor(op, "norm", *norm.weight, x.scalar_type(), {x.size(1)}, x);
+  if (x.size(1) % 8 != 0 || (format == Format::kUniform && (p.weights.group_size % 32 || p.weights.d_out % 2))) {
+    fail(op, "norm", "None on CUDA for this shape", describe(*norm.weight));
+  }
+  p.norm = norm.weight->data_ptr();
+  p.norm_eps = static_cast<float>(norm.eps);
+}
+
 Tensor multiply(const char* op, const Tensor& x, Format format, int64_t bits, const Weights& weights,
-                const OptionalTensor& bias) {
+                const OptionalTensor& bias, const NormArguments& norm) {
   check_rows(op, x);
   check_bias(op, bias, weights.d_out, x);
   const OnDevice device(x);
   Tensor out = empty_like_x(x, weights.d_out);
   GemvParams p{};
   p.weights = weights;
+  set_norm(op, p, x, format, norm);
   run(p, format, bits, x, bias, out, device.stream);
   return out;
 }
@@ -114,7 +131,8 @@ struct CompensationArguments {
 };
 
 Tensor multiply_compensated(const char* op, const Tensor& x, Format format, int64_t bits, const Weights& weights,
-                            const OptionalTensor& bias, const CompensationArguments& a) {
+                            const OptionalTensor& bias, const CompensationArguments& a,
+                            const NormArguments& norm) {
   check_rows(op, x);
   check_bias(op, bias, weights.d_out, x);
   check_residual(op, a.residual, a.residual_scale, a.residual_bits, weights.d_in, weights.d_out, x);
@@ -126,6 +144,7 @@ Tensor multiply_compensated(const char* op, const Tensor& x, Format format, int6
   Tensor out = empty_like_x(x, weights.d_out);
   GemvParams p{};
   p.weights = weights;
+  set_norm(op, p, x, format, norm);
   OptionalTensor own;
   if (a.k_chunk > 0 && x.size(0) > 0) {
     Compensation& c = p.compensation;
@@ -182,20 +201,21 @@ Tensor residual_dequantize(const Tensor& residual, const OptionalTensor& residua
 }
 
 Tensor codebook_gemv(const Tensor& x, const Tensor& qweight, const Tensor& codebook, const Tensor& scale,
-                     const OptionalTensor& bias) {
+                     const OptionalTensor& bias, const OptionalTensor& norm, double norm_eps) {
   const char* op = "codebook_gemv";
   check_cuda_x(op, x);
   check_codebook(op, qweight, codebook, scale, x.size(1), x);
   return multiply(op, x, Format::kCodebook, qweight.size(2), codebook_weights(qweight, codebook, scale, x.size(1)),
-                  bias);
+                  bias, {norm, norm_eps});
 }
 
 Tensor uniform_gemv(const Tensor& x, const Tensor& qweight, const Tensor& scales, const Tensor& zeros,
-                    const OptionalTensor& bias) {
+                    const OptionalTensor& bias, const OptionalTensor& norm, double norm_eps) {
   const char* op = "uniform_gemv";
   check_cuda_x(op, x);
   check_uniform(op, qweight, scales, zeros, x.size(1), x);
-  return multiply(op, x, Format::kUniform, qweight.size(2), uniform_weights(qweight, scales, zeros, x.size(1)), bias);
+  return multiply(op, x, Format::kUniform, qweight.size(2), uniform_weights(qweight, scales, zeros, x.size(1)), bias,
+                  {norm, norm_eps});
 }
 
 Tensor select_channels(const Tensor& x, int64_t k_chunk, const std::optional<double>& b_0,
@@ -240,26 +260,30 @@ Tensor codebook_gemv_compensated(const Tensor& x, const Tensor& qweight, const T
                                  const OptionalTensor& bias, const Tensor& residual,
                                  const OptionalTensor& residual_scale, int64_t residual_bits, bool nested,
                                  int64_t k_chunk, const std::optional<double>& b_0, const std::optional<double>& b_15,
-                                 const OptionalTensor& center, int64_t n_tb, const OptionalTensor& workspace) {
+                                 const OptionalTensor& center, int64_t n_tb, const OptionalTensor& workspace,
+                                 const OptionalTensor& norm, double norm_eps) {
   const char* op = "codebook_gemv_compensated";
   check_cuda_x(op, x);
   check_codebook(op, qweight, codebook, scale, x.size(1), x);
   return multiply_compensated(
       op, x, Format::kCodebook, qweight.size(2), codebook_weights(qweight, codebook, scale, x.size(1)), bias,
-      {residual, residual_scale, residual_bits, nested, k_chunk, b_0, b_15, center, n_tb, workspace});
+      {residual, residual_scale, residual_bits, nested, k_chunk, b_0, b_15, center, n_tb, workspace},
+      {norm, norm_eps});
 }
 
 Tensor uniform_gemv_compensated(const Tensor& x, const Tensor& qweight, const Tensor& scales, const Tensor& zeros,
                                 const OptionalTensor& bias, const Tensor& residual,
                                 const OptionalTensor& residual_scale, int64_t residual_bits, bool nested,
                                 int64_t k_chunk, const std::optional<double>& b_0, const std::optional<double>& b_15,
-                                const OptionalTensor& center, int64_t n_tb, const OptionalTensor& workspace) {
+                                const OptionalTensor& center, int64_t n_tb, const OptionalTensor& workspace,
+                                 const OptionalTensor& norm, double norm_eps) {
   const char* op = "uniform_gemv_compensated";
   check_cuda_x(op, x);
   check_uniform(op, qweight, scales, zeros, x.size(1), x);
   return multiply_compensated(
       op, x, Format::kUniform, qweight.size(2), uniform_weights(qweight, scales, zeros, x.size(1)), bias,
-      {residual, residual_scale, residual_bits, nested, k_chunk, b_0, b_15, center, n_tb, workspace});
+      {residual, residual_scale, residual_bits, nested, k_chunk, b_0, b_15, center, n_tb, workspace},
+      {norm, norm_eps});
 }
 
 }  // namespace

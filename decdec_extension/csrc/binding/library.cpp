@@ -28,8 +28,12 @@ STABLE_TORCH_LIBRARY(decdec, m) {
 
   m.def("residual_quantize(Tensor residual, int residual_bits) -> (Tensor, Tensor)");
 
-  m.def("codebook_gemv(Tensor x, Tensor qweight, Tensor codebook, Tensor scale, Tensor? bias=None) -> Tensor");
-  m.def("uniform_gemv(Tensor x, Tensor qweight, Tensor scales, Tensor zeros, Tensor? bias=None) -> Tensor");
+  m.def(
+      "codebook_gemv(Tensor x, Tensor qweight, Tensor codebook, Tensor scale, Tensor? bias=None, Tensor? norm=None, "
+      "float norm_eps=0) -> Tensor");
+  m.def(
+      "uniform_gemv(Tensor x, Tensor qweight, Tensor scales, Tensor zeros, Tensor? bias=None, Tensor? norm=None, "
+      "float norm_eps=0) -> Tensor");
 
   m.def(
       "select_channels(Tensor x, int k_chunk, float? b_0=None, float? b_15=None, Tensor? center=None) -> Tensor");
@@ -40,11 +44,13 @@ STABLE_TORCH_LIBRARY(decdec, m) {
   m.def(
       "codebook_gemv_compensated(Tensor x, Tensor qweight, Tensor codebook, Tensor scale, Tensor? bias, "
       "Tensor residual, Tensor? residual_scale, int residual_bits, bool nested, int k_chunk, float? b_0=None, "
-      "float? b_15=None, Tensor? center=None, int n_tb=8, Tensor? workspace=None) -> Tensor");
+      "float? b_15=None, Tensor? center=None, int n_tb=8, Tensor? workspace=None, Tensor? norm=None, "
+      "float norm_eps=0) -> Tensor");
   m.def(
       "uniform_gemv_compensated(Tensor x, Tensor qweight, Tensor scales, Tensor zeros, Tensor? bias, "
       "Tensor residual, Tensor? residual_scale, int residual_bits, bool nested, int k_chunk, float? b_0=None, "
-      "float? b_15=None, Tensor? center=None, int n_tb=8, Tensor? workspace=None) -> Tensor");
+      "float? b_15=None, Tensor? center=None, int n_tb=8, Tensor? workspace=None, Tensor? norm=None, "
+      "float norm_eps=0) -> Tensor");
 
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("silu_mul(Tensor x) -> Tensor");

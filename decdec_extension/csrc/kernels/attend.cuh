@@ -2,8 +2,8 @@
 //
 // A block serves query heads that share a key/value head, for a slice of the places; the slices follow the live length,
 // which is read on the device, so one captured launch serves any length and blocks without a slice leave at once.
-// Groups of lanes walk over places, each with its own running softmax; these are merged in the block, and the blocks' in
-// the last of them to finish. Earlier keys and values are fetched while the kernel ahead still makes the new ones.
+// Groups of lanes walk over places, each with its own running softmax; these are merged in the block, and the blocks'
+// in the last of them to finish. Earlier keys and values are fetched while the kernel ahead still makes the new ones.
 
 #pragma once
 
@@ -31,7 +31,8 @@ struct Turn {
 
 // One head's vector by one warp: read, normed if there is a norm, turned by the position; left in `to` as floats.
 template <Dtype kDtype>
-__device__ inline void prepare_head(const AttendParams& p, int from_head, const void* norm, const Turn& turn, float* to) {
+__device__ inline void prepare_head(const AttendParams& p, int from_head, const void* norm, const Turn& turn,
+                                    float* to) {
   const int lane = threadIdx.x % 32, pairs = p.rotary / 2;
   float square = 0;
   for (int d = lane; d < p.head_dim; d += 32) {

@@ -63,17 +63,29 @@ __device__ inline void compensate(const GemvParams& p, uint8_t* shared) {
   float* values = sums + 32 * kSumStride;
   uint16_t* channels = reinterpret_cast<uint16_t*>(values + (kept ? c.selected : 0));
   const int warp = threadIdx.x / 32;
-  const auto value = [&](int row, int channel) {
-    return load_element(p.x, int64_t{row} * d_in + channel, p.dtype) - (c.center ? __ldg(c.center + channel) : 0.f);
+  uint16_t* own = reinterpret_cast<uint16_t*>(shared + normed_bytes(c.selected, 0));
+  const uint16_t* x = static_cast<const uint16_t*>(p.x);  // the row's
+  const auto value = [&](int channel) {
+    return load_element(x, channel, p.dtype) - (c.center ? __ldg(c.center + channel) : 0.f);
   };
   Outputs<kEmitted> out(p);
   for (int row = 0; row < p.batch; ++row) {
+    x = static_cast<const uint16_t*>(p.x) + int64_t{row} * d_in;
     __syncthreads();
+    if (p.norm) {
+      const float factor = norm_factor(p, row_squares(p, row), sums);
+      for (int i = threadIdx.x; i < d_in / 8; i += kThreads) {
+        reinterpret_cast<uint4*>(own)[i] = normed(reinterpret_cast<const uint4*>(x)[i],
+                                                  __ldg(static_cast<const uint4*>(p.norm) + i), factor, p.dtype);
+      }
+      x = own;
+      __syncthreads();
+    }
     for (int chunk = warp; chunk * kChunk < d_in; chunk += kWarps) {
-      select_row_chunk(p.x, row, d_in, chunk * kChunk, p.dtype, c, reinterpret_cast<uint16_t*>(sums) + warp * kChunk,
+      select_row_chunk(x, 0, d_in, chunk * kChunk, p.dtype, c, reinterpret_cast<uint16_t*>(sums) + warp * kChunk,
                        [&](int i, int channel) {
                          channels[chunk * c.k_chunk + i] = uint16_t(channel);
-                         if (kept) values[chunk * c.k_chunk + i] = channel < 0 ? 0.f : value(row, channel);
+                         if (kept) values[chunk * c.k_chunk + i] = channel < 0 ? 0.f : value(channel);
                        });
     }
     __syncthreads();
@@ -83,7 +95,7 @@ __device__ inline void compensate(const GemvParams& p, uint8_t* shared) {
           [&](int i, float& factor) {
             const int channel = channels[i];
             if (channel == kMaxInputs - 1) return -1;
-            factor = kept ? values[i] : value(row, channel);
+            factor = kept ? values[i] : value(channel);
             return channel;
           },
           [&](const int (&outputs)[kEmitted], const float (&values)[kEmitted]) { out.put(row, outputs, values); });

@@ -10,6 +10,7 @@
 
 #include "activations.cuh"
 #include "codes.cuh"
+#include "norm.cuh"
 
 namespace decdec::cuda {
 
@@ -135,6 +136,21 @@ __device__ __forceinline__ void base_gemv(const GemvParams& p, int block, uint8_
     lane_sums[n] = sums + min(2 * n + lane % 4 / 2, p.batch - 1) * plan.units_per_warp * 4 + lane % 2 * 2;
   }
 
+  // Weights of the norm, for the pieces that the warp's lanes will read in the first panel.
+  constexpr int kNormPieces = 4;
+  uint4 norm[kNormPieces];
+  const uint4* all_norms = static_cast<const uint4*>(p.norm);
+  if (p.norm) {
+    int begin, end;
+    stream.slice(0, begin, end);
+#pragma unroll
+    for (int n = 0; n < kNormPieces; ++n) {
+      const int piece = 8 * begin + lane + 32 * n;
+      if (piece < min(8 * end, w.d_in / 8)) norm[n] = __ldg(all_norms + piece);
+    }
+  }
+  __shared__ float scratch[kWarps];
+  float factor = 0;  // of the last row
   bool finite = true;
   int exponent[kRowPairs];   // of the batch row 2 n + lane % 4 / 2
   int totals[kRowPairs][2];  // of its digits: 0 and 1, or 2 in odd lanes
@@ -152,6 +168,30 @@ __device__ __forceinline__ void base_gemv(const GemvParams& p, int block, uint8_
       for (int s = 0; s < plan.stages; ++s) stream.copy_next();
     }
     for (int row = 0; row < p.batch; ++row) {
+      if (p.norm) {
+        const int pieces = min(8 * (end - begin), w.d_in / 8 - 8 * begin);
+        const auto raw = [&](int piece) -> uint4& {
+          return *reinterpret_cast<uint4*>(digits + row * row_digits + piece / 8 * kUnitBytes + kRawOffset +
+                                           piece % 8 * 16);
+        };
+        if (plan.panels == 1) {  // all of the row is in the block's slices
+          float squares = 0;
+          for (int piece = lane; piece < pieces; piece += 32) squares += square_sum(raw(piece), p.dtype);
+          factor = norm_factor(p, squares, scratch);
+        } else if (fill || p.batch > 1) {
+          factor = norm_factor(p, row_squares(p, row), scratch);
+        }
+        for (int piece = lane, n = 0; piece < pieces; piece += 32, ++n) {
+          uint4& x = raw(piece);
+          const uint4 weight = !fill || n >= kNormPieces ? __ldg(all_norms + 8 * begin + piece)
+                               : n == 0                  ? norm[0]
+                               : n == 1                  ? norm[1]
+                               : n == 2                  ? norm[2]
+                                                         : norm[3];
+          x = normed(x, weight, factor, p.dtype);
+        }
+        __syncwarp();
+      }
       const Slice slice = stage_row<Tile::kPairedInputs, Tile::kStepSums>(
           p.dtype, end - begin, digits + row * row_digits, sums + row * plan.units_per_warp * 4, lane, finite);
 #pragma unroll
@@ -221,7 +261,9 @@ __device__ __forceinline__ void base_gemv(const GemvParams& p, int block, uint8_
         if (panel + 1 < plan.panels) {
           *carried = v;
         } else if (o < w.d_out) {
-          if (!all_finite) {
+          if (!all_finite && p.norm) {
+            v = NAN;  // a norm of numbers that are not finite leaves none
+          } else if (!all_finite) {
             v += non_finite_terms(p.x, row, w.d_in, p.dtype, o,
                                   [&](int o, int i) { return weight_at<kFormat, kBits>(w, o, i); });
           }

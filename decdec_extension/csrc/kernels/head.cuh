@@ -24,7 +24,7 @@ __device__ __forceinline__ void unpack_bytes(const uint4& v, float (&to)[16]) {
 // Dynamic shared memory: `width` floats.
 template <Dtype kDtype, bool kBytes>
 __global__ void __launch_bounds__(kThreads) head_kernel(const __grid_constant__ HeadParams p) {
-  extern __shared__ __align__(16) float4 pieces[];  // piece q of load i at q * loads + i: neighbouring lanes, no conflict
+  extern __shared__ __align__(16) float4 pieces[];  // piece q of load i at q * loads + i: no bank conflicts
   constexpr int kEach = kBytes ? 16 : 8;            // weights of a load
   const int loads = p.width / kEach;
   allow_next_kernel();

@@ -35,6 +35,8 @@ constexpr int kMaxValues = 8192;          // of selected channels that a fetchin
 constexpr int fetch_bytes(int selected) {
   return 32 * kSumStride * 4 + (selected <= kMaxValues ? 4 * selected : 0) + 2 * selected;
 }
+// And of its activations, where it norms them itself.
+constexpr int normed_bytes(int selected, int d_in) { return (fetch_bytes(selected) + 15) / 16 * 16 + 2 * d_in; }
 constexpr int kMaxInputs =
     1 << 16;  // a selected channel is a 16-bit number in shared memory; 65535 marks an empty place
 
@@ -94,6 +96,8 @@ struct GemvParams {
   const void* x;     // (batch, d_in)
   const void* bias;  // (d_out,) or null
   void* out;         // (batch, d_out)
+  const void* norm;  // (d_in,), weight of an RMSNorm that x passes first, or null
+  float norm_eps;
   int batch;
   Dtype dtype;
   GemvPlan plan;

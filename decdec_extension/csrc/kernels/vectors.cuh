@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "primitives.cuh"
 
 namespace decdec::cuda {

@@ -109,7 +109,9 @@ void launch_gemv(Format format, int bits, GemvParams& params, cudaStream_t strea
   Compensation& c = params.compensation;
   params.plan = plan_gemv(device, format, bits, params.weights, params.batch, c.n_tb);
   int bytes = params.plan.generic ? 0 : params.plan.bytes;
-  if (c.n_tb > 0) bytes = std::max(bytes, fetch_bytes(c.selected));
+  if (c.n_tb > 0) {
+    bytes = std::max(bytes, params.norm ? normed_bytes(c.selected, params.weights.d_in) : fetch_bytes(c.selected));
+  }
   if (bytes > device.shared_per_block) {
     throw std::runtime_error("decdec: so many selected channels need " + std::to_string(bytes) +
                              " bytes of shared memory, the device has " + std::to_string(device.shared_per_block));
