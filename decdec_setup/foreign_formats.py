@@ -68,13 +68,23 @@ def _ordered(stored: Tensor, d_in: int, groups: int, group_size: int | None) -> 
     return (group_of if len(group_of) == d_in and bool((group_of >= 0).all()) else regular), size
 
 
+def _variant(settings: Mapping) -> str:
+    """Which of its layouts a GPTQ or AWQ folder has; programs differ in what they call the setting."""
+    gptq = settings["quant_method"] == "gptq"
+    name, default = ("checkpoint_format", "gptq") if gptq else ("version", "gemm")
+    return str(settings.get(name) or settings.get("format") or default).lower()
+
+
 def _read_gptq(name: str, tensors: Mapping[str, Tensor], d_out: int, d_in: int, settings: Mapping) -> ForeignLayer:
     """Words along the inputs; zero points along the outputs, less 1 in the first version of the format."""
     qweight, qzeros, scales = (tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales"))
     bits, groups = qweight.shape[0] * 32 // d_in, len(scales)
     codes = unpack_bits(qweight.t(), bits, d_in)
+    if _variant(settings) == "gptq" and 32 % bits == 0:
+        # GPTQModel takes the 1 from whole words, so a zero point of 0 borrows from its neighbour.
+        qzeros = qzeros + sum(1 << place for place in range(0, 32, bits))
     zeros = unpack_bits(qzeros, bits, d_out).t().float()
-    if settings.get("checkpoint_format", "gptq") == "gptq":
+    if _variant(settings) == "gptq" and 32 % bits:
         zeros = (zeros + 1) % 2**bits
     if f"{name}.g_idx" in tensors:
         group_of, size = _ordered(tensors[f"{name}.g_idx"], d_in, groups, settings.get("group_size"))
@@ -91,7 +101,7 @@ def _read_awq(name: str, tensors: Mapping[str, Tensor], d_out: int, d_in: int, s
     """``gemm``: words along the outputs, interleaved; ``gemv``: words along the inputs, in order, grids padded."""
     qweight, qzeros, scales = (tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales"))
     stated = settings.get("group_size")
-    if str(settings.get("version", "gemm")).lower() == "gemv":
+    if _variant(settings) == "gemv":
         group_of, size = _regular(d_in, -(-d_in // (stated if stated and stated > 0 else d_in)), stated)
         groups = int(group_of[-1]) + 1
         codes, zeros = unpack_bits(qweight, 4, d_in), unpack_bits(qzeros, 4, groups).float()
@@ -177,10 +187,10 @@ def check_settings(settings: Mapping, source: str) -> None:
     if method not in FORMATS:
         raise UserError(f"{source}: quant_method: expected one of {', '.join(FORMATS)}, got {method!r}")
     if method == "gptq":
-        _expect(source, "checkpoint_format", settings.get("checkpoint_format", "gptq"), ("gptq", "gptq_v2"))
+        _expect(source, "checkpoint_format", _variant(settings), ("gptq", "gptq_v2"))
         _expect(source, "bits", settings.get("bits"), (2, 3, 4, 8))
     elif method == "awq":
-        _expect(source, "version", str(settings.get("version", "gemm")).lower(), ("gemm", "gemv"))
+        _expect(source, "version", _variant(settings), ("gemm", "gemv"))
         _expect(source, "bits", settings.get("bits"), (4,))
     elif method == "hqq" and "quant_config" in settings:
         for part in ("scale_quant_params", "zero_quant_params"):

@@ -47,7 +47,7 @@ def rounded(weight, bits, symmetric=False, order=None):
         high = torch.maximum(high, -low)
         low = -high
     scales = ((high - low) / (2**bits - 1)).clamp(min=1e-4).half().float()
-    zeros = torch.full_like(scales, 2**(bits - 1)) if symmetric else (-low / scales).round().clamp(1, 2**bits - 1)
+    zeros = torch.full_like(scales, 2**(bits - 1)) if symmetric else (-low / scales).round().clamp(0, 2**bits - 1)
     codes = (grouped / scales[..., None] + zeros[..., None]).round().clamp(0, 2**bits - 1)
     dense = torch.empty_like(weight)
     dense[:, order] = ((codes - zeros[..., None]) * scales[..., None]).flatten(1)
@@ -61,8 +61,14 @@ def gptq(name, weight, bits, act_order=False, first_version=True):
     codes, scales, zeros, dense = rounded(weight, bits, order=order)
     group_of = torch.empty(weight.shape[1], dtype=torch.int32)
     group_of[order] = torch.arange(weight.shape[1], dtype=torch.int32) // SIZE
-    stored = zeros.t().to(torch.int64) - (1 if first_version else 0)
-    return {f"{name}.qweight": words_of((codes, bits)).t(), f"{name}.qzeros": words_of((stored, bits)),
+    zeros = zeros.t().to(torch.int64)
+    if not first_version:
+        qzeros = words_of((zeros, bits))
+    elif bits == 3:
+        qzeros = words_of(((zeros - 1) % 8, 3))
+    else:  # one less in every field, by one subtraction a word
+        qzeros = words_of((zeros, bits)) - words_of((torch.ones_like(zeros), bits))
+    return {f"{name}.qweight": words_of((codes, bits)).t(), f"{name}.qzeros": qzeros,
             f"{name}.scales": scales.t().half(), f"{name}.g_idx": group_of}, dense
 
 
