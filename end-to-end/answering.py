@@ -29,22 +29,26 @@ class LanguageModel:
         return self.runtime.context
 
     def encode(self, text: str) -> list[int]:
-        self._check_length(text)
+        self._check(text)
         return encode(self.tokenizer, text, chat=False)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of ``{"role", "content"}`` messages in the model's chat template, up to where its answer begins."""
         if not self.tokenizer.chat_template:
             raise UserError("messages: this model has no chat template")
-        self._check_length("".join(message["content"] for message in messages))
+        self._check("".join(message["content"] for message in messages))
         try:
             return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True,
                                                       return_dict=True)["input_ids"]
         except jinja2.TemplateError as error:  # a template refuses roles, or their order, that it does not know
             raise UserError(f"messages: the model's chat template refuses them: {error}") from None
 
-    def _check_length(self, text: str) -> None:
-        """Refuse a text that cannot fit, before much time and memory goes into its tokens."""
+    def _check(self, text: str) -> None:
+        """Refuse a text that has no tokens, or cannot fit, before much time and memory goes into them."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # a lone surrogate, from JSON or from bytes of a terminal that are no UTF-8
+            raise UserError("prompt: expected text that UTF-8 can hold, got a lone surrogate") from None
         least = len(text) // self._longest_token
         if least >= self.context:
             raise TooLong(f"prompt: at least {least} tokens, but the model's context is {self.context}")

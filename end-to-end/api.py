@@ -46,6 +46,10 @@ def build_app(model: LanguageModel, name: str, queue_limit: int = 64) -> FastAPI
         message = f"{request.method} {request.url.path}: {error.detail}"
         return JSONResponse(ApiError(error.status_code, message).content, error.status_code)
 
+    @app.exception_handler(Exception)
+    async def _unforeseen(_: Request, error: Exception) -> Response:
+        return JSONResponse(ApiError(500, f"the server failed: {type(error).__name__}").content, 500)
+
     @app.get("/health")
     async def health() -> Response:
         return JSONResponse({"status": "ok" if engine.alive else "dead", "waiting": engine.waiting},

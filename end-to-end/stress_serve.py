@@ -27,7 +27,8 @@ MALFORMED = (b"", b"{", b"[]", b'"text"', b"\xff\xfe", {}, {"model": None}, {"me
              {"messages": [{"role": "wizard", "content": "x"}]}, {"messages": [{"role": "user"}]}, {"max_tokens": 0},
              {"max_tokens": "many"}, {"temperature": -1}, {"temperature": "hot"}, {"top_p": 2}, {"stop": ""},
              {"stop": [1]}, {"n": 2}, {"tools": [{"type": "function"}]}, {"seed": 2**70}, {"model": "another"},
-             {"stream": "perhaps"}, {"messages": [{"role": "user", "content": "word " * 100_000}]})
+             {"messages": [{"role": "user", "content": "\ud800"}]}, b"[" * 100_000, {"stream": "perhaps"},
+             {"messages": [{"role": "user", "content": "word " * 100_000}]})
 
 
 @contextmanager

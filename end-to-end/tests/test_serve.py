@@ -149,7 +149,7 @@ def test_other_mistakes(client, url):
             client.completions.create(model="tiny", prompt=prompt)
     with pytest.raises(openai.NotFoundError, match="expected 'tiny'"):
         client.completions.create(model="large", prompt="x")
-    for body in (b"", b"{", b"\xff", b"[]", b"NaN"):
+    for body in (b"", b"{", b"\xff", b"[]", b"NaN", b"[" * 99_999, b'{"model": "tiny", "prompt": "\\ud800"}'):
         answer = requests.post(f"{url}/v1/completions", data=body, timeout=10,
                                headers={"content-type": "application/json"})
         assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error", body
