@@ -67,6 +67,8 @@ def read_turns() -> Iterator[str]:
             yield input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
+        except UnicodeDecodeError:
+            raise UserError("stdin: expected UTF-8 text") from None
         except KeyboardInterrupt:
             print("\n/quit or Ctrl-D ends the chat", file=sys.stderr)
 

@@ -69,6 +69,13 @@ def test_a_conversation_through_stdin(folder, chat):
     assert "forgot the oldest 2 turns" in long.err and "error: this turn takes" in long.err
 
 
+def test_a_turn_that_is_no_text_is_refused(folder, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["chat.py", "--model", str(folder)])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
+    with pytest.raises(UserError, match="stdin: expected UTF-8 text"):
+        main()
+
+
 def test_the_history_is_part_of_the_prompt(folder, chat):
     command = ("--model", folder, "--max-new-tokens", 12, "--temperature", 1)
     together, alone = (chat(turns, *command).out for turns in ("Hello\nOnce\n", "Hello\n/reset\nOnce\n"))
