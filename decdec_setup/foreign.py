@@ -64,10 +64,15 @@ class ForeignFolder:
         own = {f"{name}.{part}" for name in self.layers for part in self._format.own}
         known = set(self.model.state_dict())
         for name in self._files:
-            if name not in own and not name.endswith(".rotary_emb.inv_freq"):  # which old releases stored
-                if name not in known:
-                    raise UserError(f"{self.folder}: tensor {name} fits nothing in {type(self.model).__name__}")
+            if name in known and name not in own:
                 yield name, self[name]
+            elif name not in own and not self._is_idle(name):
+                raise UserError(f"{self.folder}: tensor {name} fits nothing in {type(self.model).__name__}")
+
+    def _is_idle(self, name: str) -> bool:
+        """Whether a tensor that the model has not is one that old releases stored for nothing."""
+        layer, _, part = name.rpartition(".")
+        return part == "inv_freq" or (part == "bias" and layer in self.layers and not bool(self[name].any()))
 
     def _open(self) -> dict[str, safe_open]:
         index = self.folder / "model.safetensors.index.json"

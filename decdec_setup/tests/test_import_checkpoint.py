@@ -319,6 +319,7 @@ UP = "model.layers.1.mlp.up_proj"
     (lambda f: edit(f, add={f"{UP}.scales": torch.ones(3, 5).half()}), "up_proj"),
     (lambda f: edit(f, add={f"{UP}.scales": torch.full((3, 1088), torch.nan).half()}), "finite scales"),
     (lambda f: edit(f, add={f"{UP}.g_idx": torch.zeros(192, dtype=torch.int32)}), "up_proj"),
+    (lambda f: edit(f, add={f"{UP}.bias": torch.ones(1088)}), "up_proj.bias fits nothing"),
     (lambda f: edit(f, add={"model.layers.1.mlp.act.scales": torch.ones(3)}), "fits nothing"),
     (lambda f: edit(f, add={"model.layers.7.mlp.up_proj.qweight": torch.ones(3)}), "no linear layer"),
     (lambda f: (f / "model.safetensors").write_bytes(b"12345678"), "cannot be read"),
@@ -332,6 +333,22 @@ def test_folders_that_cannot_be_read_are_refused_in_one_line(tiny, tmp_path, spo
     with pytest.raises(UserError, match=match) as error:
         import_checkpoint(str(foreign), tmp_path / "out", str(tiny))
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_what_old_releases_stored_for_nothing_is_passed_over(tiny, tmp_path):
+    foreign = tmp_path / "foreign"
+    write(tiny, foreign, lambda name, weight: gptq(name, weight, 4), settings("gptq", 4))
+    config = json.loads((foreign / "config.json").read_text())
+    own = config.pop("quantization_config")
+    del own["quant_method"]  # AutoGPTQ's own file, and names
+    (foreign / "config.json").write_text(json.dumps(config))
+    (foreign / "quantize_config.json").write_text(json.dumps(own))
+    tensors = load_file(foreign / "model.safetensors")
+    (foreign / "model.safetensors").unlink()
+    idle = {f"{UP}.bias": torch.zeros(1088), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}
+    save_file(tensors | idle, foreign / "gptq_model-4bit-64g.safetensors")
+    import_checkpoint(str(foreign), tmp_path / "out", str(tiny))
+    assert logits(hub.load(tmp_path / "out")).isfinite().all()
 
 
 def test_originals_that_do_not_fit_are_refused(tiny, tmp_path):
