@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from decdec import artifacts, hub, ops, text
+from decdec import artifacts, hub, text
 from decdec.artifacts import Cheatsheet
 from decdec.errors import UserError, run
 from decdec.files import atomic, config_hash
@@ -61,10 +61,7 @@ class Recorder:
         output.register_hook(partial(self._backward, name, layer, inputs[0].detach()))
 
     def _backward(self, name: str, layer: CompensatedLinear, x: Tensor, gradient: Tensor) -> None:
-        scale = self.sheet.scale[name]
-        scale = None if scale is None else scale.to(x.device)
-        residual = ops.residual_dequantize(self.sheet.residual[name].to(x.device), scale, self.sheet.bits,
-                                           self.sheet.nested, layer.out_features, torch.float32)
+        residual = self.sheet.dequantize(name, layer.out_features, x.device)
         found = removed_by_rank(x.flatten(0, -2).float(), gradient.flatten(0, -2).float(), residual)
         if name in self.by_rank:
             found = [old + new for old, new in zip(self.by_rank[name], found)]

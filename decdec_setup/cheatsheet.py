@@ -5,7 +5,9 @@ fake-quantized weights. For AWQ the original is the scaled one, rebuilt from the
 """
 
 import argparse
+import functools
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,9 +19,9 @@ from decdec import reference
 from decdec.artifacts import CHEATSHEET, Cheatsheet, QuantConfig, load_cheatsheet, read_quant_config, save_cheatsheet
 from decdec.errors import UserError, run
 from decdec.files import tensors_hash
-from decdec.models import decoder_blocks, decoder_linears, load_model, original_of
+from decdec.models import decoder_blocks, decoder_linears, layer_kind, load_model, original_of
 from decdec.original import save_original_cheatsheet
-from decdec.residual import NESTED_BITS, PAPER_BITS, pack_layer
+from decdec.residual import NESTED_BITS, PAPER_BITS, pack_layer, row_scale_of
 
 from base_model import BaseModel
 from folder import local_folder
@@ -29,8 +31,8 @@ from scaling import read_scaling, scaled_state
 
 LAYOUTS = ("decdec", "original")
 # A layer's name, and what gives its original and quantized weights (float32, on the device of choice) and, where residuals are
-# nested in them, the base's own scales.
-Layer = tuple[str, Callable[[], tuple[Tensor, Tensor, Tensor | None]]]
+# nested, the base's own scales or, for a codebook, the row scale.
+Layer = tuple[str, Callable[[], tuple[Tensor, Tensor, Tensor | None, Tensor | None]]]
 
 
 def make_cheatsheet(folder: str | Path, model: str | None = None, bits: int | None = None, nested: bool = False,
@@ -49,7 +51,7 @@ def make_cheatsheet(folder: str | Path, model: str | None = None, bits: int | No
     if nested and quant.ordered:
         raise UserError(f"nested: expected a folder whose groups are consecutive inputs, {folder} has them in activation order")
     base = BaseModel(local_folder(model or original_of(folder, quant.base_model)))
-    layers = _packed_layers(folder, base, nested and quant.format == "uniform", device)
+    layers = _packed_layers(folder, base, nested, device)
     return _write(out, layers, len(base.linears()) - len(quant.dense), quant, bits, nested, layout, base.prefix)
 
 
@@ -63,7 +65,7 @@ def make_from_two_folders(original: str, quantized: str, out: str | Path, bits: 
             raise UserError(f"quantized: {quantized}: expected {name} of shape {tuple(module.weight.shape)} as in {original}")
     quant = QuantConfig(method="fake", format="uniform", bits=4, group_size=None, base_model=Path(original).name,
                         weights_hash=tensors_hash(weights.items()))
-    layers = ((name, lambda name=name, module=module: (module.weight.detach().float(), weights[name].float(), None))
+    layers = ((name, lambda name=name, module=module: (module.weight.detach().float(), weights[name].float(), None, None))
               for name, module in decoder_linears(base).items())
     return _write(Path(out), layers, len(weights), quant, bits, False, layout, decoder_blocks(base)[0])
 
@@ -86,45 +88,61 @@ def _is_there(path: Path, quant: QuantConfig, bits: int, nested: bool) -> bool:
     return (sheet.bits, sheet.nested) == (bits, nested)
 
 
-def _packed_layers(folder: Path, base: BaseModel, scales: bool, device: str) -> Iterator[Layer]:
+def _packed_layers(folder: Path, base: BaseModel, nested: bool, device: str) -> Iterator[Layer]:
     scaling, quantized = read_scaling(folder), QuantizedBlocks(folder)
+    shapes = {name: module.weight.shape for name, module in base.linears().items() if name not in quantized.quant.dense}
+    sharing = defaultdict(list)  # the layers that read one input
+    for name in shapes:
+        sharing[base.block_of(name), layer_kind(name)].append(name)
 
-    def load(name: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def weights(name: str) -> tuple[Tensor, Tensor]:
         original = scaled_state(f"{name}.weight", base.tensor(f"{name}.weight").to(device), scaling).float()
-        return original, quantized.weight(name, shape, device), quantized.parts(name, device)[1] if scales else None
+        return original, quantized.weight(name, shapes[name], device)
 
-    for name, module in base.linears().items():
-        if name in quantized.quant.dense:
-            continue
-        yield name, lambda name=name, shape=module.weight.shape: load(name, shape)
+    @functools.lru_cache(maxsize=1)
+    def row_scale(block: int, kind: str) -> Tensor:
+        return row_scale_of([original - rounded for original, rounded in map(weights, sharing[block, kind])])
+
+    def load(name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        uniform = quantized.quant.format == "uniform"
+        return (*weights(name), quantized.parts(name, device)[1] if nested and uniform else None,
+                row_scale(base.block_of(name), layer_kind(name)) if nested and not uniform else None)
+
+    for name in shapes:
+        yield name, lambda name=name: load(name)
 
 
 def _write(out: Path, layers: Iterator[Layer], count: int, quant: QuantConfig, bits: int, nested: bool, layout: str,
            prefix: str) -> Path:
     parts = Parts.beside(out, {"weights": quant.weights_hash, "bits": bits, "nested": nested})
-    residual, scale, norms = {}, {}, {}
+    residual, scale, norms, row_scale = {}, {}, {}, {}
     for number, (name, load) in enumerate(tqdm(layers, total=count, desc="residuals", unit="layer")):
         if not parts.has(number):
             parts.save(number, _pack(*load(), bits, nested))
         part = parts.load(number)
         residual[name], scale[name], norms[name] = part["residual"], part.get("scale"), tuple(part["norms"].tolist())
+        row_scale |= {name: part["row_scale"]} if "row_scale" in part else {}
     if layout == "original":
         save_original_cheatsheet(out, residual, scale, prefix)
     else:
-        save_cheatsheet(out, Cheatsheet(bits, nested, residual, scale, norms), quant)
+        save_cheatsheet(out, Cheatsheet(bits, nested, residual, scale, norms, row_scale), quant)
     parts.clear()
     return out
 
 
-def _pack(original: Tensor, quantized: Tensor, base_scales: Tensor | None, bits: int, nested: bool) -> dict[str, Tensor]:
-    """``residual``, ``scale`` (not at 16 bits) and ``norms``, float64 ``(3,)``, of one layer, on the CPU."""
+def _pack(original: Tensor, quantized: Tensor, base_scales: Tensor | None, row_scale: Tensor | None, bits: int,
+          nested: bool) -> dict[str, Tensor]:
+    """``residual``, ``scale`` (not at 16 bits), ``row_scale`` (if any) and ``norms``, float64 ``(3,)``, of one layer, on the CPU."""
     difference = original - quantized
     # The paper's search runs on the CPU alone; the rest where the layer is.
-    rows, scale = pack_layer(difference if nested else difference.cpu(), bits, nested, base_scales)
+    rows, scale = pack_layer(difference if nested else difference.cpu(), bits, nested, base_scales, row_scale)
     moved = (rows.to(original.device), None if scale is None else scale.to(original.device))
     kept = reference.residual_dequantize(*moved, bits, nested, len(original), torch.float32)
+    if row_scale is not None:
+        kept *= row_scale[:, None]
     norms = torch.tensor([float(part.norm()) for part in (original, difference, difference - kept.t())], dtype=torch.float64)
-    return {"residual": rows.cpu(), "norms": norms} | ({} if scale is None else {"scale": scale.cpu()})
+    optional = {"scale": scale, "row_scale": row_scale}
+    return {"residual": rows.cpu(), "norms": norms} | {key: tensor.cpu() for key, tensor in optional.items() if tensor is not None}
 
 
 def main() -> None:

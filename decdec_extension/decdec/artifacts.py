@@ -23,7 +23,7 @@ from torch import Tensor
 from decdec.errors import UserError
 from decdec.files import read_json, write_torch
 from decdec.packing import BASE_BITS, RESIDUAL_BITS, RESIDUAL_LAYOUT_VERSION, TILE_LAYOUT_VERSION
-from decdec.reference import chunk_counts
+from decdec.reference import chunk_counts, residual_dequantize
 
 QUANT_METHOD = "decdec"
 FORMATS = ("codebook", "uniform")
@@ -87,6 +87,9 @@ def read_quant_config(folder: str | Path) -> QuantConfig:
 class Cheatsheet:
     """Residuals of all linear layers: ``residual[layer]`` uint8 rows, ``scale[layer]`` float16 ``(groups, d_out)`` or None.
 
+    ``row_scale[layer]``, where there is one: float32 ``(d_in,)``, what the rows are multiplied with; one for all layers that read the
+    same input.
+
     ``norms[layer]``, where known: the Frobenius norms of the original weight, of the residual, and of what the residual's own
     rounding leaves of it.
     """
@@ -96,11 +99,20 @@ class Cheatsheet:
     residual: dict[str, Tensor]
     scale: dict[str, Tensor | None]
     norms: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    row_scale: dict[str, Tensor] = field(default_factory=dict)
+
+    def dequantize(self, layer: str, d_out: int, device: str | torch.device = "cpu") -> Tensor:
+        """The residual of ``layer`` that compensation adds, float32 ``(d_in, d_out)``."""
+        scale = self.scale[layer]
+        dense = residual_dequantize(self.residual[layer].to(device), None if scale is None else scale.to(device), self.bits,
+                                    self.nested, d_out, torch.float32)
+        return dense * self.row_scale[layer].to(device)[:, None] if layer in self.row_scale else dense
 
 
 def save_cheatsheet(path: str | Path, sheet: Cheatsheet, quant: QuantConfig) -> None:
     tensors = {f"{layer}.residual": tensor for layer, tensor in sheet.residual.items()}
     tensors |= {f"{layer}.scale": tensor for layer, tensor in sheet.scale.items() if tensor is not None}
+    tensors |= {f"{layer}.row_scale": tensor for layer, tensor in sheet.row_scale.items()}
     _save(path, "decdec.cheatsheet", tensors, {"bits": sheet.bits, "nested": sheet.nested,
                                                "layout_version": RESIDUAL_LAYOUT_VERSION, "base_model": quant.base_model,
                                                "weights_hash": quant.weights_hash, "norms": sheet.norms})
@@ -115,7 +127,8 @@ def load_cheatsheet(path: str | Path, quant: QuantConfig) -> Cheatsheet:
         raise UserError(f"{path}: bits: expected one of {RESIDUAL_BITS}, got {config.get('bits')!r}")
     residual = {name.removesuffix(".residual"): t for name, t in tensors.items() if name.endswith(".residual")}
     scale = {layer: tensors.get(f"{layer}.scale") for layer in residual}
-    return Cheatsheet(config["bits"], bool(config.get("nested")), residual, scale, config.get("norms", {}))
+    row_scale = {name.removesuffix(".row_scale"): t for name, t in tensors.items() if name.endswith(".row_scale")}
+    return Cheatsheet(config["bits"], bool(config.get("nested")), residual, scale, config.get("norms", {}), row_scale)
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def memory(model: nn.Module) -> dict[str, int]:
     Rows count if they are in use; those placed in a GPU's memory count there.
     """
     layers = compensated_layers(model).values()
-    small = [t for layer in layers for t in (layer.residual_scale, layer.static_channels) if t is not None]
+    small = [t for layer in layers for t in (layer.residual_scale, layer.row_scale, layer.static_channels) if t is not None]
     on_device = {(t.data_ptr(), t.nbytes) for t in (*model.parameters(), *model.buffers(), *small)}
     residuals = {"host": 0, "gpu": 0}
     for layer in layers:
@@ -253,9 +253,11 @@ def _give_residuals(layers: list[CompensatedLinear], source: Source) -> None:
         if sheet.bits != 16 and any(scale is None for scale in scales):
             raise UserError(f"{source.cheatsheet}: has no residual scale of layer {layer.name}")
         rows = residuals[0] if len(names) == 1 else concatenate_residuals(residuals, widths, sheet.bits)
+        row_scale = sheet.row_scale.get(names[0])  # one input, so one for all parts
         if layer.order is not None:
             rows = rows[layer.order.cpu()]
-        layer.set_residual(rows, None if sheet.bits == 16 else torch.cat(scales, dim=1), sheet.bits, sheet.nested)
+            row_scale = None if row_scale is None else row_scale[layer.order.cpu()]
+        layer.set_residual(rows, None if sheet.bits == 16 else torch.cat(scales, dim=1), sheet.bits, sheet.nested, row_scale)
 
 
 def _give_thresholds(layers: list[CompensatedLinear], source: Source) -> None:

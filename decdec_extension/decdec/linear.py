@@ -80,6 +80,7 @@ class CompensatedLinear(nn.Module):
         self.parts = tuple(parts or [(name, self.out_features)])
         # Plain attributes that follow the weights: no folder holds them, and accelerate moves no buffer that is None.
         self.residual_scale: Tensor | None = None
+        self.row_scale: Tensor | None = None
         self.static_channels: Tensor | None = None
         self.residual: Tensor | None = None
         self.residual_in, self.workspace = "host", None
@@ -106,7 +107,7 @@ class CompensatedLinear(nn.Module):
             # .half() and the like: the packed form means what it says only in its own dtype.
             if moved.dtype != tensor.dtype:
                 setattr(self, key, tensor.to(moved.device))
-        for key in ("residual_scale", "static_channels"):
+        for key in ("residual_scale", "row_scale", "static_channels"):
             if getattr(self, key) is not None:
                 setattr(self, key, getattr(self, key).to(self.device))
         if self.residual is not None and self.residual.device != self.device:
@@ -119,14 +120,19 @@ class CompensatedLinear(nn.Module):
                 self.residual = self.residual.cpu()
         return self
 
-    def set_residual(self, residual: Tensor, scale: Tensor | None, bits: int, nested: bool) -> None:
-        """Take the residual: uint8 rows ``(in_features, row_bytes)``, float16 ``scale`` ``(groups, out_features)``."""
+    def set_residual(self, residual: Tensor, scale: Tensor | None, bits: int, nested: bool,
+                     row_scale: Tensor | None = None) -> None:
+        """Take the residual: uint8 rows ``(in_features, row_bytes)``, float16 ``scale`` ``(groups, out_features)``, and float32
+        ``(in_features,)`` that the rows are multiplied with, if any."""
         expected = (self.in_features, packing.residual_row_bytes(self.out_features, bits))
         if residual.shape != expected or (scale is not None and scale.shape[1] != self.out_features):
             raise UserError(f"layer {self.name}: residual: expected shape {expected}, got {tuple(residual.shape)}: "
                             "a cheatsheet of another model")
         self.residual, self.residual_bits, self.nested, self.workspace = residual, bits, nested, None
         self.residual_scale = None if scale is None else scale.to(self.device)
+        if nested and self.format == "uniform" and scale is not None and torch.equal(self.residual_scale, self.scales):
+            self.residual_scale = self.scales  # the base's own, kept once
+        self.row_scale = None if row_scale is None else row_scale.to(self.device)
 
     def set_thresholds(self, largest: Tensor, mean_square: Tensor) -> None:
         """Take what calibration saw of the input, each float32 ``(in_features,)`` (see ``artifacts.Thresholds``)."""
@@ -181,6 +187,8 @@ class CompensatedLinear(nn.Module):
 
     def _norms(self) -> bool:
         """Whether the ops can norm this layer's input themselves."""
+        if self.row_scale is not None and self.compensation.k_chunk:
+            return False
         whole = self.in_features % 8 == 0 and self.compensation.selection in ("bucket", "exact")
         if self.format == "uniform":
             whole = whole and self.in_features // len(self.scales) % 32 == 0 and self.out_features % 2 == 0
@@ -195,20 +203,24 @@ class CompensatedLinear(nn.Module):
         if not compensated:
             gemv = ops.codebook_gemv if self.format == "codebook" else ops.uniform_gemv
             return gemv(rows, *self._base(), bias, norm, norm_eps)
-        if self.compensation.selection in ("bucket", "exact"):
+        if self.compensation.selection in ("bucket", "exact") and self.row_scale is None:
             gemv = ops.codebook_gemv_compensated if self.format == "codebook" else ops.uniform_gemv_compensated
             return gemv(rows, *self._base(), bias, *self._residual(), self.compensation.k_chunk,
                         self.b_0, self.b_15, n_tb=self.compensation.n_tb, workspace=self.workspace,
                         norm=norm, norm_eps=norm_eps)
-        return self._by_gemv(rows, False, bias) + ops.residual_gemv(rows, self.channels(rows), *self._residual(),
-                                                                    self.out_features)
+        return self._by_gemv(rows, False, bias) + ops.residual_gemv(self._of_rows(rows), self.channels(rows),
+                                                                    *self._residual(), self.out_features)
+
+    def _of_rows(self, rows: Tensor) -> Tensor:
+        """What the residual's rows, as they are stored, are to be multiplied with."""
+        return rows if self.row_scale is None else (rows * self.row_scale).to(rows.dtype)
 
     def _by_matmul(self, rows: Tensor, compensated: bool) -> Tensor:
         out = F.linear(rows, self._dense(rows.dtype), self.bias)
         if compensated:
             residual = ops.residual_dequantize(*self._residual(), self.out_features, rows.dtype)
             for part, part_out in zip(rows.split(ROWS_AT_ONCE), out.split(ROWS_AT_ONCE)):
-                part_out += self._salient(part) @ residual
+                part_out += self._of_rows(self._salient(part)) @ residual
         return out
 
     def _base(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -296,7 +308,10 @@ def fuse(layers: Sequence[CompensatedLinear], name: str) -> CompensatedLinear:
     if first.residual is not None:
         scale = None if first.residual_scale is None else torch.cat([layer.residual_scale for layer in layers], dim=1)
         rows = concatenate_residuals([layer.residual for layer in layers], widths, first.residual_bits)
-        fused.set_residual(rows, scale, first.residual_bits, first.nested)
+        if any((layer.row_scale is None) != (first.row_scale is None) or
+               (first.row_scale is not None and not torch.equal(layer.row_scale, first.row_scale)) for layer in layers):
+            raise UserError(f"{name}: cannot fuse layers whose residuals have different row scales; make the cheatsheet anew")
+        fused.set_residual(rows, scale, first.residual_bits, first.nested, first.row_scale)
     if first.thresholds is not None:  # one input, so one calibration
         fused.set_thresholds(first.thresholds.largest[first.name], first.thresholds.mean_square[first.name])
     fused.compensate(first.compensation)

@@ -2,9 +2,11 @@
 
 The paper's form (its section 4.2) has a scale per output channel and levels ``c * scale``. The nested form splits an interval
 around zero into ``2**bits`` equal parts, levels ``(c + 1/2) * width / 2**bits``. On a uniform base the interval is the base grid's
-own step, which bounds the residual, so that no scale is added; codebooks have no step, and the interval of best fit serves, one
-per output channel.
+own step, which bounds the residual, so that no scale is added. Codebooks have no step, and leave least where activations are
+largest: the interval of best fit serves, one per output channel, of rows that are brought to one size first (``row_scale``).
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +18,13 @@ PAPER_BITS = (2, 4, 8, 16)
 NESTED_BITS = (1, 2, 3, 4)
 _CANDIDATES = 32  # as many as the paper's search tries
 _ROUNDS = 8
+
+
+def row_scale_of(residuals: Sequence[Tensor]) -> Tensor:
+    """Size of each row (input channel) of the residuals ``(d_out, d_in)`` of layers that share their input: root mean square
+    over all their outputs, over its mean; float32 ``(d_in,)``."""
+    size = torch.cat([residual.square().sum(0, keepdim=True) for residual in residuals]).sum(0).sqrt()
+    return size / size.mean().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def fit_interval(residual: Tensor, bits: int) -> Tensor:
@@ -54,9 +63,11 @@ def _split(values: Tensor, step: Tensor, bits: int) -> Tensor:
     return torch.where(step > 0, torch.floor(values / step), 0.0).clamp_(-half, half - 1)
 
 
-def pack_layer(residual: Tensor, bits: int, nested: bool = False,
-               base_scales: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def pack_layer(residual: Tensor, bits: int, nested: bool = False, base_scales: Tensor | None = None,
+               row_scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """One layer's cheatsheet entry from its residual, float32 ``(d_out, d_in)``.
+
+    ``row_scale``, float32 ``(d_in,)``, is what each row is divided by first.
 
     Returns the packed rows, uint8 ``(d_in, row_bytes)``, and their scales, float16 ``(groups, d_out)``: for the paper's form one
     group (:func:`decdec.ops.residual_quantize`, on the CPU alone); nested, ``base_scales`` of a uniform base or else the fitted
@@ -64,6 +75,8 @@ def pack_layer(residual: Tensor, bits: int, nested: bool = False,
     """
     if not bool(residual.isfinite().all()):
         raise UserError("residual: expected finite values; the original or the quantized weights hold NaN or Inf")
+    if row_scale is not None:
+        residual = residual / torch.where(row_scale > 0, row_scale, 1.0)
     if nested:
         width = fit_interval(residual, bits) if base_scales is None else base_scales
         return packing.pack_residual(quantize_nested(residual, width, bits).t(), bits), width

@@ -15,7 +15,7 @@ NAME = "model.layers.0.self_attn.q_proj"
 
 
 def make_layer(d_in=1100, d_out=40, form="codebook", bits=3, residual_bits=4, seed=0, name=NAME, bias=True,
-               group_size=100):
+               group_size=100, row_scale=None):
     draw = torch.Generator().manual_seed(seed)
     packed = {"qweight": packing.pack_codes(torch.randint(0, 2**bits, (d_out, d_in), generator=draw), bits)}
     if form == "codebook":
@@ -31,7 +31,7 @@ def make_layer(d_in=1100, d_out=40, form="codebook", bits=3, residual_bits=4, se
         half = 2**(residual_bits - 1)
         codes = torch.randint(-half, half, (d_in, d_out), generator=draw)
         scale = torch.rand((1, d_out), generator=draw).half() / half
-        layer.set_residual(packing.pack_residual(codes, residual_bits), scale, residual_bits, False)
+        layer.set_residual(packing.pack_residual(codes, residual_bits), scale, residual_bits, row_scale is not None, row_scale)
     layer.set_thresholds(torch.linspace(4, 0.01, d_in), torch.rand(d_in, generator=draw))
     return layer
 
@@ -46,6 +46,8 @@ def expected(layer, x, channels):
     """The formula on each row, with ``channels`` a list of lists of selected channels."""
     weight, residual = base_weight(layer), reference.residual_dequantize(
         layer.residual, layer.residual_scale, layer.residual_bits, layer.nested, layer.out_features, torch.float32)
+    if layer.row_scale is not None:
+        residual = residual * layer.row_scale[:, None]
     rows = []
     for row, chosen in zip(x, channels):
         mask = torch.zeros(layer.in_features).index_fill_(0, torch.tensor(chosen, dtype=torch.long), 1.0)
@@ -70,6 +72,46 @@ def test_decode_and_prefill_follow_the_formula(form, residual_bits, selection, k
     assert_close(layer(x[:FEW_ROWS]), want[:FEW_ROWS], rtol=1e-4, atol=1e-3)  # by the op
     assert_close(layer(x[0]), want[0], rtol=1e-4, atol=1e-3)
     assert_close(layer(x[:, None]), want[:, None], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("residual_bits", [2, 3])
+@pytest.mark.parametrize("selection", ["bucket", "exact"])
+def test_rows_with_a_scale_of_their_own(residual_bits, selection):
+    row_scale = torch.rand(1100, generator=torch.Generator().manual_seed(5)) * 4
+    layer = make_layer(residual_bits=residual_bits, row_scale=row_scale)
+    layer.compensate(Compensation(16, selection, prefill=True))
+    x = torch.randn((FEW_ROWS + 5, layer.in_features), generator=torch.Generator().manual_seed(1))
+    want = expected(layer, x, selected(layer, x, selection, 16))  # chosen by |x| alone
+    assert_close(layer(x), want, rtol=1e-4, atol=1e-3)
+    assert_close(layer(x[:FEW_ROWS]), want[:FEW_ROWS], rtol=1e-4, atol=1e-3)
+    stream = torch.randn((1, layer.out_features))
+    norm = torch.rand(layer.in_features) + 0.5
+    normed = torch.nn.functional.rms_norm(x[:1], (layer.in_features,), norm, 1e-5)
+    want = stream + expected(layer, normed, selected(layer, normed, selection, 16))
+    assert_close(layer.step(x[:1], stream, (norm, 1e-5)), want, rtol=1e-4, atol=1e-3)
+
+
+def test_fused_layers_share_their_row_scale():
+    row_scale = torch.rand(200)
+    layers = [make_layer(200, width, residual_bits=2, row_scale=row_scale, seed=i, bias=False) for i, width in enumerate((32, 48))]
+    fused = fuse(layers, "x.qkv_proj")
+    for layer in (fused, *layers):
+        layer.compensate(Compensation(64, "exact"))
+    x = torch.randn((1, 200))
+    assert_close(fused(x), torch.cat([layer(x) for layer in layers], dim=1), rtol=1e-5, atol=1e-4)
+    other = make_layer(200, 48, residual_bits=2, row_scale=torch.rand(200))
+    other.compensate(Compensation(64, "exact"))
+    with pytest.raises(UserError, match="row scales"):
+        fuse([layers[0], other], "x.qkv_proj")
+
+
+def test_scales_of_a_nested_residual_are_the_bases_own():
+    layer = make_layer(form="uniform")
+    rows = packing.pack_residual(torch.zeros((1100, 40), dtype=torch.int8), 2)
+    layer.set_residual(rows, layer.scales.clone(), 2, True)
+    assert layer.residual_scale is layer.scales
+    layer.set_residual(rows, layer.scales + 1, 2, True)
+    assert layer.residual_scale is not layer.scales
 
 
 @pytest.mark.parametrize("rows", [3, FEW_ROWS + 3])

@@ -74,13 +74,13 @@ def test_residual_brings_the_weights_back(tiny, quantized, tmp_path, method, bit
     dequantize = reference.codebook_dequantize if method == "squeezellm" else reference.uniform_dequantize
     for name, module in decoder_linears(model).items():
         dense = dequantize(*(tensors[f"{name}.{part}"] for part in parts), module.in_features, torch.float32)
-        back = reference.residual_dequantize(sheet.residual[name], sheet.scale[name], bits, nested, len(dense), torch.float32).t()
-        left, wanted = module.weight - dense - back, module.weight - dense
+        back = sheet.dequantize(name, len(dense)).t()
+        left, wanted = (module.weight - dense - back).detach(), (module.weight - dense).detach()
         if bits == 16:
             torch.testing.assert_close(left, torch.zeros_like(left), rtol=0, atol=float(wanted.abs().max()) * 2**-10)
         elif nested and method == "squeezellm":
-            width = sheet.scale[name].float().t()
-            assert width.shape == (len(dense), 1)
+            width = sheet.scale[name].float().t() * sheet.row_scale[name]
+            assert width.shape == dense.shape
             inside = wanted.abs() < width / 2
             assert (left.abs() <= width / 2**bits / 2 * 1.01)[inside].all() and inside.float().mean() > 0.8
         elif nested:
@@ -111,6 +111,22 @@ def test_the_fitted_interval_is_the_best_one(bits, kind):
     largest = 2 * residual.abs().amax(1)
     least = torch.stack([error(largest * i / 1000) for i in range(1, 1001)]).amin(0)
     assert (error(width[0].float()) <= 1.01 * least).all()
+
+
+def test_layers_that_read_one_input_share_the_sizes_of_its_rows(tiny, quantized, tmp_path):
+    folder = quantized("squeezellm")
+    sheet = load_cheatsheet(make_cheatsheet(folder, nested=True, out=tmp_path / "sheet.pt"), read_quant_config(folder))
+    tensors = load_file(folder / "model.safetensors")
+    sums = {}
+    for name, module in decoder_linears(load_model(str(tiny), torch.float32)).items():
+        dense = reference.codebook_dequantize(*(tensors[f"{name}.{part}"] for part in ("qweight", "codebook", "scale")),
+                                              module.in_features, torch.float32)
+        kind = {"q": "qkv", "k": "qkv", "v": "qkv", "g": "gu", "u": "gu"}.get(name.rpartition(".")[2][0], name.rpartition(".")[2])
+        sums.setdefault((name.split(".")[2], kind), []).append((name, (module.weight - dense).detach().square().sum(0)))
+    for members in sums.values():
+        size = sum(square for _, square in members).sqrt()
+        for name, _ in members:
+            torch.testing.assert_close(sheet.row_scale[name], size / size.mean())
 
 
 def test_a_channel_without_residual_has_no_width():
