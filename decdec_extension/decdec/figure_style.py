@@ -20,7 +20,7 @@ LINES = [{"color": "#0072B2", "marker": "o", "linestyle": "-"}, {"color": "#D55E
 SETTINGS = {"font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8, "legend.fontsize": 7, "xtick.labelsize": 7,
             "ytick.labelsize": 7, "lines.linewidth": 1.2, "lines.markersize": 3.5, "pdf.fonttype": 42, "axes.grid": True,
             "grid.alpha": 0.3, "grid.linewidth": 0.5, "axes.spines.top": False, "axes.spines.right": False,
-            "legend.frameon": False, "figure.constrained_layout.use": True}
+            "legend.frameon": False, "legend.handlelength": 3.2, "figure.constrained_layout.use": True}
 
 
 @contextmanager

@@ -2,9 +2,8 @@
 
 import argparse
 
-from series import TEXT, bench_rows, by_k_chunk, draw_k_chunk, written
+from series import TEXT, bench_rows, by_k_chunk, k_chunk_figure, written
 
-from decdec import figure_style as style
 from decdec.errors import UserError, run
 
 
@@ -17,9 +16,8 @@ def main() -> None:
     lines, original = by_k_chunk(bench_rows(arguments.rows, "perplexity", TEXT), "perplexity", arguments.selection)
     if not lines:
         raise UserError(f"{', '.join(arguments.rows)}: no perplexity rows of compensated models with selection {arguments.selection}")
-    with style.figure(arguments.out) as (_, axes):
-        draw_k_chunk(axes, lines, original, "Perplexity")
-        axes.legend()
+    with k_chunk_figure(arguments.out, lines, original, "Perplexity"):
+        pass
     written(arguments.out)
 
 

@@ -6,9 +6,8 @@ The mean over the subtasks that every setting has been measured on, each subtask
 import argparse
 from collections import defaultdict
 
-from series import bench_rows, by_k_chunk, draw_k_chunk, written
+from series import bench_rows, by_k_chunk, k_chunk_figure, written
 
-from decdec import figure_style as style
 from decdec.errors import UserError, run
 
 SETTING = ("model", "method", "bits", "weights_hash", "selection", "k_chunk", "residual_bits", "nested", "seed")
@@ -39,11 +38,9 @@ def main() -> None:
                                    and row["compensated"] in compensated))
     means, subtasks = accuracies(rows)
     lines, original = by_k_chunk(means, "accuracy", arguments.selection)
-    with style.figure(arguments.out) as (_, axes):
-        draw_k_chunk(axes, lines, original, "BBH exact match (%)")
+    with k_chunk_figure(arguments.out, lines, original, "BBH exact match (%)") as axes:
         examples = f"{rows[-1]['limit']} examples each" if rows[-1]["limit"] else "all examples"
         axes.set_title(f"{subtasks} subtasks, {examples}")
-        axes.legend()
     written(arguments.out)
 
 

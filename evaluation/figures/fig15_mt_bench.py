@@ -5,9 +5,8 @@ Runs with several seeds are averaged (the paper: three). Prompts are not compens
 
 import argparse
 
-from series import bench_rows, by_k_chunk, draw_k_chunk, written
+from series import bench_rows, by_k_chunk, k_chunk_figure, written
 
-from decdec import figure_style as style
 from decdec.errors import run
 
 STAND_IN = "stand-in"  # stand_in_judge.py
@@ -22,11 +21,9 @@ def main() -> None:
     rows = [row for row in bench_rows(arguments.rows, "mt_bench", ("model", "judge", "questions", "max_new_tokens"))
             if row["compensated"] in ("none", "generated tokens")]
     lines, original = by_k_chunk(rows, "score", arguments.selection)
-    with style.figure(arguments.out) as (_, axes):
-        draw_k_chunk(axes, lines, original, "MT-Bench score")
+    with k_chunk_figure(arguments.out, lines, original, "MT-Bench score") as axes:
         judge = rows[-1]["judge"]
         axes.set_title("Stand-in judge: these scores mean nothing" if judge == STAND_IN else f"Judge: {judge}")
-        axes.legend()
     written(arguments.out)
 
 

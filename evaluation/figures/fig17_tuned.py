@@ -29,13 +29,12 @@ def main() -> None:
                 points = sorted((row for row in rows if row["gpu"] == gpu and label(row) == name),
                                 key=lambda row: row["target_percent"])
                 panel.plot([row["ms_per_token"] for row in points], [row["perplexity"] for row in points], label=name, **look)
-                for row in points[1:]:
-                    panel.annotate(f"{row['target_percent']:g} %", (row["ms_per_token"], row["perplexity"]), xytext=(2, 3),
-                                   textcoords="offset points", fontsize=5.5)
             panel.set_title(f"{gpu}, times {', '.join(sorted({row['timing'] for row in rows if row['gpu'] == gpu}))}")
             panel.set_ylabel("Perplexity")
         axes[-1, 0].set_xlabel("Time a token (ms)")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        targets = ", ".join(f"{target:g}" for target in sorted({row["target_percent"] for row in rows} - {0}))
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
+                      title=f"From the left: no compensation, targets of {targets} %", title_fontsize=7)
     written(arguments.out)
 
 

@@ -2,7 +2,8 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from decdec import figure_style as style
 from decdec.errors import UserError
@@ -56,16 +57,20 @@ def by_k_chunk(rows: Iterable[dict], value: str, selection: str) -> tuple[dict[s
     return means, sum(original) / len(original) if original else None
 
 
-def draw_k_chunk(axes, lines: dict[str, dict[int, float]], original: float | None, unit: str) -> None:
-    """Lines over even steps of k_chunk, as the paper draws them: a logarithmic axis would lose k_chunk = 0."""
+@contextmanager
+def k_chunk_figure(path: str, lines: dict[str, dict[int, float]], original: float | None, unit: str) -> Iterator:
+    """Lines over even steps of k_chunk, as the paper draws them: a logarithmic axis would lose k_chunk = 0. Yields the axes."""
     ticks = sorted({k_chunk for points in lines.values() for k_chunk in points})
-    for look, (name, points) in zip(style.LINES, lines.items(), strict=False):
-        axes.plot([ticks.index(k) for k in points], list(points.values()), label=name, **look)
-    if original is not None:
-        axes.axhline(original, color="black", linewidth=0.8, linestyle=(0, (1, 1)), label="full precision")
-    axes.set_xticks(range(len(ticks)), [str(k) for k in ticks])
-    axes.set_xlabel("$k_{chunk}$ (channels per 1024)")
-    axes.set_ylabel(unit)
+    with style.figure(path, height=2.2 + 0.12 * len(lines)) as (figure, axes):
+        for look, (name, points) in zip(style.LINES, lines.items(), strict=False):
+            axes.plot([ticks.index(k) for k in points], list(points.values()), label=name, **look)
+        if original is not None:
+            axes.axhline(original, color="black", linewidth=0.8, linestyle=(0, (1, 1)), label="full precision")
+        axes.set_xticks(range(len(ticks)), [str(k) for k in ticks])
+        axes.set_xlabel("$k_{chunk}$ (channels per 1024)")
+        axes.set_ylabel(unit)
+        yield axes
+        figure.legend(loc="outside lower center", ncols=2)
 
 
 def written(out: str) -> None:
