@@ -99,6 +99,7 @@ class BlockRunner:
 
     def logits(self, hidden: Tensor, sample: Tensor) -> Tensor:
         """Logits ``(length, vocabulary)`` that follow from the last block's output ``hidden``."""
+        hidden = hidden.to(self.device, torch.float32)
         with self._pass_through(lambda index, value: hidden if index == len(self.blocks) - 1 else value):
             return self._forward(sample).logits[0]
 

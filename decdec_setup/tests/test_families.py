@@ -16,6 +16,7 @@ from decdec.models import load_model
 
 from base_model import BaseModel
 from cheatsheet import make_cheatsheet
+from mixed_precision import make_bit_map
 from quantize import METHODS, quantize
 from scaling import read_scaling, scale_model
 
@@ -94,6 +95,14 @@ def test_full_residuals_restore_the_original(family, calibration, tmp_path, name
         hub.set_compensation(model, Compensation(k_chunk=1024, selection="exact", prefill=True))
         restored = (model(tokens()).logits - wanted).norm() / wanted.norm()
     assert restored < 0.01 < distance < 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_map_of_mixed_bits_is_made(family, calibration, tmp_path, name):
+    for bits in (3, 4):
+        quantize(str(family(name)), "rtn", bits, str(tmp_path / f"w{bits}"))
+    bits = make_bit_map(str(family(name)), tmp_path / "w3", tmp_path / "w4", tmp_path / "map.json", **calibration)
+    assert sorted(bits) == [3, 4]
 
 
 def test_mixtures_of_experts_are_refused(tmp_path, calibration):
