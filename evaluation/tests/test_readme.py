@@ -15,7 +15,8 @@ FIGURES = [command.split()[1] for command in COMMANDS if re.match(r"evaluation/e
 SCRIPTS = [command for command in COMMANDS if not command.startswith("evaluation/evaluate.sh")]
 TEXT = "--text pydoc --length 64"
 SHORT = {"perplexity.py": "--text pydoc --windows 1 --length 64", "lm_tasks.py": "--limit 1", "mt_bench_answer.py": "--max-new-tokens 2",
-         "error_curve.py": TEXT, "outliers.py": "--text pydoc --steps 8", "recall.py": TEXT, "tuned.py": f"{TEXT} --windows 1"}
+         "error_curve.py": TEXT, "outliers.py": "--text pydoc --steps 8", "recall.py": TEXT, "tuned.py": f"{TEXT} --windows 1",
+         "selection_study.py": f"{TEXT} --windows 1 --calibration pydoc --samples 1 --k-chunk 8"}
 
 
 def test_each_figure_has_its_line_and_all_makes_them(everything):
