@@ -139,7 +139,6 @@ class GpuTimer:
     def __init__(self, dtype: str, selection: str):
         self.dtype, self.selection = getattr(torch, dtype), selection
         self.banks: dict[Layer, _Bank] = {}
-        self.pool = torch.cuda.graph_pool_handle()
 
     def time(self, layer: Layer, n_tb: int, k_chunk: int) -> Sample:
         if layer not in self.banks:
@@ -151,11 +150,7 @@ class GpuTimer:
         current = torch.cuda.current_stream()
         stream = current if current != torch.cuda.default_stream() else torch.cuda.Stream()
         torch.cuda.synchronize()
-        # Not by torch.cuda.graph, which returns all unused memory to the driver at every capture: that takes longer than
-        # the measurement.
-        with torch.cuda.stream(stream):
-            graph.capture_begin(pool=self.pool)
+        with torch.cuda.graph(graph, stream=stream):
             for copy in range(bank.copies):
                 bank.call(copy, n_tb, k_chunk)
-            graph.capture_end()
         return _sample(graph.replay, bank.copies)
