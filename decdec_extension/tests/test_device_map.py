@@ -73,11 +73,16 @@ def test_compiled_for_the_gpu(folder):
     """A decode step compiled into one CUDA graph, and generate() with the static cache for which it compiles by itself."""
     model = hub.load(folder, torch.float16, Compensation(16), device="cuda")
     compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    exact = hub.load(folder, compensation=Compensation(16))
+    errors = {run: 0.0 for run in (compiled, model)}
     with torch.no_grad():
         for token in (5, 9, 23, 60):
-            ids = torch.tensor([[token]], device="cuda")
-            found, want = (run(ids, use_cache=False).logits.float() for run in (compiled, model))
-            assert (found - want).norm() < 1e-2 * want.norm()
+            ids = torch.tensor([[token]])
+            want = exact(ids, use_cache=False).logits
+            for run in errors:  # both round to float16, each in its own places
+                found = run(ids.cuda(), use_cache=False).logits.float().cpu()
+                errors[run] += float((found - want).norm() / want.norm())
+    assert errors[compiled] < 2 * errors[model] < 0.4
     model = hub.load(folder, torch.float16, Compensation(16), device="cuda")
     ids = IDS.cuda()
     settings = dict(attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0,
