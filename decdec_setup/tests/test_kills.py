@@ -82,7 +82,8 @@ print(method, killed, "kills,", ended, "times to the end, the same files each ti
 def test_killed_at_random_and_resumed_the_files_are_the_same(tiny, tmp_path, method):
     script = tmp_path / "work.py"
     script.write_text(WORK)
-    result = run_script(script, deeper(tiny, tmp_path), tmp_path, method, KILLS, env={"PYTHONPATH": str(ROOM), "OMP_NUM_THREADS": "1"})
+    paths = os.pathsep.join(filter(None, (str(ROOM), os.environ.get("PYTHONPATH"))))
+    result = run_script(script, deeper(tiny, tmp_path), tmp_path, method, KILLS, env={"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr[-2000:]
     print(result.stdout)
 
