@@ -75,7 +75,7 @@ def statistics(runner: BlockRunner, scaling: dict[str, Tensor], quantized: Quant
         for group in find_groups(runner, index, block, hidden[0]):
             name, module = group.first
             scale = scaling.get(f"{name}.input_scale")
-            seen = _Seen(None if scale is None else scale.to(runner.device))
+            seen = _Seen(None if scale is None else scale.to(module.weight.device))
             hooks.append(module.register_forward_pre_hook(lambda _, args, seen=seen: seen.see(args[0])))
             watched.append((group, seen))
         for name, module in linears.items():
@@ -92,7 +92,7 @@ def statistics(runner: BlockRunner, scaling: dict[str, Tensor], quantized: Quant
                 if rows is not None:
                     energy *= rows.to(energy.device).square()
                 original = scaled_state(f"{name}.weight", module.weight, scaling)
-                residual = original - quantized.weight(name, original.shape, runner.device)
+                residual = original - quantized.weight(name, original.shape, original.device)
                 found |= {f"{name}.largest": seen.largest.cpu(), f"{name}.mean_square": (seen.squares / seen.tokens).cpu(),
                           f"{name}.output_energy": energy.sum().cpu(), f"{name}.row_energy": residual.square().sum(0).cpu()}
         # Layers that share an input share tensors, which a file does not hold.
