@@ -15,16 +15,22 @@ def cells(row: dict) -> tuple[str, ...]:
 
 
 def table(rows: list[dict]) -> list[str]:
-    """Lines of the table: what was measured, the header, one line a row."""
+    """Lines of a table for every text and its windows: what was measured, the header, one line a row."""
+    groups = {}
+    for row in rows:
+        title = f"{row['model']} on {row['text']}, {row['windows']} windows of {row['window_length']} tokens"
+        groups.setdefault(title, []).append(row)
+    return [line for title, group in groups.items() for line in ["", title, *_lines(group)]][1:]
+
+
+def _lines(rows: list[dict]) -> list[str]:
     rows = sorted(rows, key=lambda row: (row["method"] == "original", row["method"], str(row["bits"]), row["selection"] != "none",
                                          row["selection"], row["k_chunk"], str(row["nested"])))
     lines = [HEADER, *map(cells, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
-    texts = {(row["model"], row["text"], row["windows"], row["window_length"]) for row in rows}
-    titles = [f"{model} on {name}, {windows} windows of {length} tokens" for model, name, windows, length in sorted(texts, key=str)]
     padded = ["  ".join(cell.ljust(width) if column in (0, 2, 7) else cell.rjust(width)
                         for column, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip() for line in lines]
-    return [*titles, padded[0], "  ".join("-" * width for width in widths), *padded[1:]]
+    return [padded[0], "  ".join("-" * width for width in widths), *padded[1:]]
 
 
 def main() -> None:

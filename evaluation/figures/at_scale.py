@@ -26,12 +26,12 @@ Curve = Callable[[float], float]
 
 
 def interpolated(xs: Sequence[float], ys: Sequence[float]) -> Curve:
-    """Piecewise linear; beyond the last point it stays."""
+    """Piecewise linear; beyond the last point it goes on with the last slope."""
     def at(x: float) -> float:
         for (x_0, y_0), (x_1, y_1) in zip(zip(xs, ys), zip(xs[1:], ys[1:])):
             if x <= x_1:
-                return y_0 + (y_1 - y_0) * (x - x_0) / (x_1 - x_0)
-        return ys[-1]
+                break
+        return y_0 + (y_1 - y_0) * (x - x_0) / (x_1 - x_0)
     return at
 
 
@@ -92,7 +92,7 @@ def main() -> None:
 
     base = PAPER[arguments.method][0]
     lines = [f"Llama-3-8B-Instruct, {METHODS[arguments.method]}, 3 bits, **predicted**: k_chunk that fits and perplexity there (without "
-             f"compensation {base:.2f}).", "", "| GPU | ms a token | " + " | ".join(f"{form} bits, +{target:g} %" for target in arguments.target
+             f"compensation {base:.2f}). Beyond the largest k_chunk of the study, curves go on with their last slope.", "", "| GPU | ms a token | " + " | ".join(f"{form} bits, +{target:g} %" for target in arguments.target
                                                                                   for form in forms) + " |",
              "|---|---|" + "---|" * (len(forms) * len(arguments.target))]
     for gpu in gpus:

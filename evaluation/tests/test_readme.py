@@ -30,7 +30,7 @@ def test_each_figure_has_its_line_and_all_makes_them(everything):
 @pytest.mark.parametrize("name", ["fig12", "report"])
 def test_a_figure_by_itself(everything, name):
     result = subprocess.run([ROOT / "evaluation/evaluate.sh", name, "--tiny"], capture_output=True, text=True,
-                            env=os.environ | {"RESULTS": str(everything)})
+                            env=os.environ | {"RESULTS": str(everything), "PYTHON": sys.executable})
     assert result.returncode == 0 and "wrote" in result.stdout, result.stderr
 
 
@@ -38,7 +38,7 @@ def test_perplexity_alone(everything, original, folder):
     assert "evaluation/evaluate.sh ROWS.jsonl ORIGINAL FOLDER" in COMMANDS
     rows = everything.with_name(f"{everything.name}.jsonl")
     before = rows.read_text()
-    tiny = {"TEXT": "pydoc", "WINDOWS": "2", "LENGTH": "64", "K_CHUNKS": "0 8 32"}
+    tiny = {"PYTHON": sys.executable, "TEXT": "pydoc", "WINDOWS": "2", "LENGTH": "64", "K_CHUNKS": "0 8 32"}
     result = subprocess.run([ROOT / "evaluation/evaluate.sh", rows, original, folder], capture_output=True, text=True,
                             env=os.environ | tiny)
     assert result.returncode == 0 and "k_chunk" in result.stdout, result.stderr
