@@ -121,7 +121,7 @@ class Caller:
         if not events:
             try:
                 body = {"model": self.model, "prompt": prompt, "max_tokens": 10_000}
-                requests.post(f"{self.url}/completions", json=body, timeout=0.2)
+                requests.post(f"{self.url}/completions", json=body, timeout=(60, 0.2))
             except requests.ReadTimeout:
                 pass
             return "right"

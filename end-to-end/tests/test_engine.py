@@ -22,7 +22,7 @@ class Slow:
     finish_reason, prompt_tokens, new_tokens = "stop", 1, 0
 
     def __iter__(self):
-        for _ in range(1000):
+        for _ in range(4000):
             self.new_tokens += 1
             time.sleep(0.005)
             yield "x"
@@ -42,7 +42,7 @@ def test_who_goes_away_frees_the_engine_and_failures_end_only_their_own_request(
         first.cancel()  # midway
         with pytest.raises(ZeroDivisionError):
             [piece async for piece in third.pieces()]
-        assert 0 < answers[0].new_tokens < 1000 and answers[1].new_tokens == 0 and engine.alive
+        assert 0 < answers[0].new_tokens < 4000 and answers[1].new_tokens == 0 and engine.alive
 
     asyncio.run(scene())
 

@@ -172,7 +172,7 @@ class Slow:
     finish_reason, prompt_tokens, new_tokens = "stop", 1, 0
 
     def __iter__(self):
-        for _ in range(1000):
+        for _ in range(4000):
             self.new_tokens += 1
             time.sleep(0.005)
             yield "x"
@@ -184,11 +184,11 @@ def test_a_client_that_hangs_up_frees_the_engine(client, url, model, monkeypatch
     with client.completions.create(model="tiny", prompt="x", stream=True) as stream:
         next(iter(stream))
     with pytest.raises(requests.ReadTimeout):
-        requests.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": "x"}, timeout=0.2)
+        requests.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": "x"}, timeout=(60, 0.2))
     monkeypatch.undo()
     start = time.monotonic()
     client.completions.create(model="tiny", prompt="x", max_tokens=1)
-    assert time.monotonic() - start < 2 and slow.new_tokens < 1000
+    assert time.monotonic() - start < 10 and slow.new_tokens < 4000
 
 
 def test_a_taken_port_and_other_mistakes_end_in_one_line(folder, monkeypatch):
