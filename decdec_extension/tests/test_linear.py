@@ -91,6 +91,19 @@ def test_rows_with_a_scale_of_their_own(residual_bits, selection):
     assert_close(layer.step(x[:1], stream, (norm, 1e-5)), want, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, FEW_ROWS + 5])
+def test_rows_with_a_scale_of_their_own_on_a_gpu(rows):
+    layer = make_layer(d_in=1088, d_out=64, residual_bits=2, row_scale=torch.rand(1088) * 4).half()
+    layer.compensate(Compensation(16, "exact", prefill=True))
+    x = torch.randn((rows, 1088)).half()
+    want = layer(x)
+    got = layer.cuda()(x.cuda())
+    assert got.is_cuda
+    assert_close(got.cpu(), want, rtol=1e-2, atol=0.05 * float(want.abs().mean()))
+
+
 def test_fused_layers_share_their_row_scale():
     row_scale = torch.rand(200)
     layers = [make_layer(200, width, residual_bits=2, row_scale=row_scale, seed=i, bias=False) for i, width in enumerate((32, 48))]

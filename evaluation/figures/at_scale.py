@@ -84,11 +84,12 @@ def main() -> None:
             for look, (form, curve) in zip(style.LINES, forms.items()):
                 row = times[gpu, form]
                 axis.plot(row["ms_per_token"], [curve(k) for k in row["k_chunk"]], label=f"{form} bits", **look)
-            axis.set_xlim(right=1.3 * times[gpu, "paper 4"]["ms_per_token"][0])
-            axis.set_title(f"{gpu} (predicted)")
+            alone = times[gpu, "paper 4"]["ms_per_token"][0]
+            axis.set_xlim(0.97 * alone, 1.3 * alone)
+            axis.set_title(gpu)
             axis.set_xlabel("ms a token")
-        (axes if len(arguments.gpu) == 1 else axes[0]).set_ylabel("Perplexity")
-        (axes if len(arguments.gpu) == 1 else axes[-1]).legend(fontsize=6)
+        (axes if len(arguments.gpu) == 1 else axes[0]).set_ylabel("Predicted perplexity")
+        (axes if len(arguments.gpu) == 1 else axes[-1]).legend(fontsize=6, loc="upper right")
 
     base = PAPER[arguments.method][0]
     lines = [f"Llama-3-8B-Instruct, {METHODS[arguments.method]}, 3 bits, **predicted**: k_chunk that fits and perplexity there (without "

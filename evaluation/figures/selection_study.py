@@ -1,6 +1,6 @@
 """The selection study in pictures and tables, from rows of selection_study.py: one picture and two tables for each base.
 
-Left: perplexity against what a token fetches, a line a form. Right: against CPU memory, a line for each amount fetched. First
+Left: perplexity against what a token fetches, a line a form. Right: against CPU memory, a line for each k_chunk. First
 table: every variant at its k_chunk, and what it loses of the gap that the paper's residuals close at the same k_chunk. Second: the
 forms at equal bytes fetched. Standard errors are jackknife ones over windows, of both variants on the same windows.
 """
@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from matplotlib.ticker import NullLocator
 from series import METHODS, bench_rows, written
 
 from decdec import figure_style as style
@@ -64,10 +65,11 @@ def plain_forms(points: Points) -> dict[str, dict[int, dict]]:
     """``{variant: {k_chunk: row}}`` of the paper's form and of the base's own nested one, which differ in bits alone."""
     form = "nested" if any(row["form"] == "nested" for row in points.values()) else "row scales"
     found = defaultdict(dict)
-    for (variant, k_chunk), row in points.items():
+    for (variant, k_chunk), row in sorted(points.items(), key=lambda item: item[0][1]):
         if k_chunk and variant in (PAPER, "paper 2", *(f"{form} {bits}" for bits in (1, 2, 3, 4))):
             found[variant][k_chunk] = row
-    return found
+    order = (PAPER, *(f"{form} {bits}" for bits in (2, 1, 3, 4)), "paper 2")
+    return {variant: found[variant] for variant in order if variant in found}
 
 
 def equal_bytes(points: Points) -> list[str]:
@@ -97,16 +99,20 @@ def draw(points: Points, out: Path) -> None:
             left.plot([row["fetched_bytes"] / 1e6 for row in rows.values()], [row["perplexity"] for row in rows.values()],
                       label=f"{variant} bits", **look)
         left.set_xscale("log")
+        left.set_xticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
+        left.xaxis.set_minor_locator(NullLocator())
         left.set_xlabel("MB fetched a token")
         left.set_ylabel("Perplexity")
         left.legend(fontsize=5)
-        for look, k_chunk in zip(style.LINES, (8, 16, 32, 64), strict=False):
-            same = [(row["host_bytes"] / 1e6, row["perplexity"]) for variant, rows in forms.items()
-                    if (row := rows.get(4 * k_chunk // int(variant[-1]))) and variant != "paper 2"]
-            if same:
-                right.plot(*zip(*sorted(same)), label=f"as 4 bits at {k_chunk}", **look)
+        for look, k_chunk in zip(style.LINES, (8, 16, 64), strict=False):
+            ours = sorted((row["host_bytes"] / 1e6, row["perplexity"]) for variant, rows in forms.items()
+                          if not variant.startswith("paper") and (row := rows.get(k_chunk)))
+            if ours:
+                right.plot(*zip(*ours), label=f"$k_{{chunk}}$ {k_chunk}", **look)
+            if paper := forms.get(PAPER, {}).get(k_chunk):
+                right.plot(paper["host_bytes"] / 1e6, paper["perplexity"], **look | {"markerfacecolor": "none", "markersize": 6})
         right.set_xlabel("MB of residuals")
-        right.legend(fontsize=5)
+        right.legend(fontsize=5, title="hollow: paper 4 bits", title_fontsize=5)
 
 
 def main() -> None:
