@@ -29,9 +29,10 @@ def main() -> None:
                 for order in ORDERS:
                     row, = (row for row in rows if (row["block"], row["kind"], row["order"]) == (block, kind, order))
                     share = [100 * count / row["d_in"] for count in row["restored"]]
-                    width = 1.3 if order == "sorted" else 0.7
-                    panel.plot(share, [mse / row["mse"][0] for mse in row["mse"]], color=look["color"], linewidth=width,
-                               linestyle="-" if order == "sorted" else "--", label=f"block {block}, {ORDERS[order]}")
+                    by_size = order == "sorted"
+                    panel.plot(share, [mse / row["mse"][0] for mse in row["mse"]], color=look["color"], marker=look["marker"],
+                               markevery=4 if by_size else (2, 8), markersize=3, linewidth=1.2 if by_size else 0.7,
+                               linestyle="-" if by_size else "--", label=f"block {block}, {ORDERS[order]}")
             magnitude = row["magnitude"]
             panel.plot(share, [value / magnitude[0] for value in magnitude], color="black", linewidth=0.8, linestyle=":",
                        label=f"sorted $|x|$, block {block}")

@@ -35,7 +35,7 @@ def main() -> None:
         axes[-2].set_xlabel("Decoding step")
         axes[-1].set_xticks(range(len(rows[0]["recall"])), [f"top {100 * float(fraction):g} %" for fraction in rows[0]["recall"]])
         axes[-1].set(ylabel="Static recall (%)", ylim=(0, 100))
-        axes[-1].legend(ncols=len(rows))
+        axes[-1].legend(ncols=len(rows), handlelength=1.5, loc="upper right")
     written(arguments.out)
 
 

@@ -31,6 +31,7 @@ def main() -> None:
                 panel.plot([row["ms_per_token"] for row in points], [row["perplexity"] for row in points], label=name, **look)
             panel.set_title(f"{gpu}, times {', '.join(sorted({row['timing'] for row in rows if row['gpu'] == gpu}))}")
             panel.set_ylabel("Perplexity")
+            panel.locator_params(axis="x", nbins=6)
         axes[-1, 0].set_xlabel("Time a token (ms)")
         targets = ", ".join(f"{target:g}" for target in sorted({row["target_percent"] for row in rows} - {0}))
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
