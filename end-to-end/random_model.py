@@ -19,7 +19,7 @@ CONTEXT = 8192
 
 def random_decoder(name: str, bits: float, form: str, dtype: torch.dtype, device: torch.device,
                    head_bits: int = 16) -> Decoder:
-    """A decoder with the sizes of :data:`decdec.sizes.NAMED`, as a Llama, its linear layers ``codebook`` or ``uniform``."""
+    """A Llama with sizes of :data:`decdec.sizes.NAMED`, its linear layers of the form ``codebook`` or ``uniform``."""
     if name not in NAMED:
         raise UserError(f"random-weights: expected one of {', '.join(NAMED)}, got {name!r}")
     hidden, mlp, heads, kv_heads, blocks, vocabulary = NAMED[name]

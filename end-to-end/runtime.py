@@ -31,11 +31,13 @@ DTYPES = ("float32", "float16", "bfloat16")
 class Runtime:
     """The decoder of a DecDEC folder or an original model (folder or hub id) on one device.
 
-    ``compensation``: one setting for all layers, a mapping by kind, or ``"plan"``, the folder's ``plan.json``; an original
-    model has none. ``device`` is ``"cpu"`` or ``"cuda"``, by default the GPU where there is one; ``dtype`` by default float16
-    there and float32 on the CPU. ``head_bits`` 8 rounds the output head. ``residuals``: ``"host"`` or ``"gpu"`` memory.
+    ``compensation``: one setting for all layers, a mapping by kind, or ``"plan"``, the folder's ``plan.json``; an
+    original model has none. ``device`` is ``"cpu"`` or ``"cuda"``, by default the GPU where there is one; ``dtype`` by
+    default float16 there and float32 on the CPU. ``head_bits`` 8 rounds the output head. ``residuals``: ``"host"`` or
+    ``"gpu"`` memory.
 
-    ``context`` is the model's longest sequence, ``stop`` the tokens that end a text, ``timing`` that of the last stream.
+    ``context`` is the model's longest sequence, ``stop`` the tokens that end a text, ``timing`` that of the last
+    stream.
     """
 
     def __init__(self, source: str | Path, compensation: Compensation | dict | str = Compensation(),
@@ -146,7 +148,7 @@ def check_device(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def load(source: str, dtype: torch.dtype, compensation: Compensation | dict | str) -> tuple[nn.Module, set[int]]:
-    """The model of a DecDEC folder or an original model, on the CPU, not compensated, and the tokens that end a text."""
+    """The model of a folder or an original model, on the CPU, not compensated, and the tokens that end a text."""
     models.check_source(source)
     folder = Path(source)
     if folder.is_dir() and "quantization_config" in read_json(folder / "config.json"):

@@ -38,7 +38,7 @@ def add_runtime_arguments(parser: argparse.ArgumentParser, model_required: bool 
     parser.add_argument("--plan", metavar="FILE", help="a plan of the autotuner; on a CPU its k_chunk alone matters")
     parser.add_argument("--target", type=float, metavar="PERCENT", help="of the plan's targets (default: its first)")
     parser.add_argument("--selection", default="exact", choices=("exact", "bucket"),
-                        help="how channels are chosen: by exact magnitude (default, the faster) or by the paper's buckets")
+                        help="how channels are chosen: by exact magnitude (the default) or by the paper's buckets")
     parser.add_argument("--compensate-prefill", action="store_true", help="compensate the prompt's positions too")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
     parser.add_argument("--dtype", choices=DTYPES,

@@ -31,7 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def silu_mul(x: Tensor) -> Tensor:
-    """``silu(gate) * up`` of every row ``[gate, up]`` of ``x`` ``(rows, 2 width)``; on a GPU ``width`` is a multiple of 8."""
+    """``silu(gate) * up`` of every row ``[gate, up]`` of ``x`` ``(rows, 2 width)``; on a GPU width is 8 n."""
     return _ops.silu_mul(x)
 
 
@@ -40,15 +40,15 @@ def attend(qkv: Tensor, position: Tensor, keys: Tensor, values: Tensor, frequenc
            eps: float = 1e-6, live_at_most: int = 0, workspace: Tensor | None = None) -> Tensor:
     """Attention of one token at ``position`` int64 ``(1,)``: ``(1, heads * head_dim)`` in the dtype of ``qkv``.
 
-    ``qkv`` is ``(1, (heads + 2 kv_heads) * head_dim)``. Its key, normed by ``k_norm`` ``(head_dim,)`` if given and turned by
-    the position, and its value are written to ``keys`` and ``values`` ``(kv_heads, places, head_dim)`` at ``position``,
-    below ``places``; the queries, normed and turned alike, attend to the places up to it, the last ``window`` of them if
-    that is not 0. ``frequencies`` float32 ``(1 or 2, rotary / 2)``: radians a position of the pairs ``(i, i + rotary / 2)``
-    of a head; positions from ``long_from`` on take the last row. Sines and cosines are multiplied by
-    ``rotary_scaling``, scores by ``scaling``.
+    ``qkv`` is ``(1, (heads + 2 kv_heads) * head_dim)``. Its key, normed by ``k_norm`` ``(head_dim,)`` if given and
+    turned by the position, and its value are written to ``keys`` and ``values`` ``(kv_heads, places, head_dim)`` at
+    ``position``, below ``places``; the queries, normed and turned alike, attend to the places up to it, the last
+    ``window`` of them if that is not 0. ``frequencies`` float32 ``(1 or 2, rotary / 2)``: radians a position of the
+    pairs ``(i, i + rotary / 2)`` of a head; positions from ``long_from`` on take the last row. Sines and cosines are
+    multiplied by ``rotary_scaling``, scores by ``scaling``.
 
-    On a GPU ``head_dim`` is a multiple of 8 and at most 256, and the cost goes with the live length; ``live_at_most``, a
-    bound of it that is known (0: none), makes short sequences faster. ``workspace`` is uint8, all zero between calls,
+    On a GPU ``head_dim`` is a multiple of 8 and at most 256, and the cost goes with the live length; ``live_at_most``,
+    a bound of it that is known (0: none), makes short sequences faster. ``workspace`` is uint8, all zero between calls,
     ``4 * heads`` bytes; calls that may overlap need one each. ``position`` and earlier places are read while the kernel
     of this library that comes just before still runs: it must not write them. The order of sums depends on
     ``live_at_most`` and the number of SMs alone.
@@ -60,8 +60,8 @@ def attend(qkv: Tensor, position: Tensor, keys: Tensor, values: Tensor, frequenc
 def head_gemv(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """Logits float32 ``(1, vocab)`` of the hidden state ``x`` ``(1, width)``.
 
-    ``weight`` is ``(vocab, width)`` in the dtype of ``x``, or int8 with float32 ``scale`` ``(vocab,)``. On a GPU ``width`` is a
-    multiple of 8, of int8 weights of 16.
+    ``weight`` is ``(vocab, width)`` in the dtype of ``x``, or int8 with float32 ``scale`` ``(vocab,)``. On a GPU
+    ``width`` is a multiple of 8, of int8 weights of 16.
     """
     return _ops.head_gemv(x, weight, scale)
 

@@ -1,4 +1,4 @@
-"""The ops of a decoding step against Hugging Face's modules and plain attention, on the CPU and, where there is one, a GPU."""
+"""The ops of a decoding step against Hugging Face's modules and plain attention, on the CPU and on a GPU."""
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = [pytest.param("cpu", torch.float32), pytest.param("cuda", torch.float16, marks=gpu),
            pytest.param("cuda", torch.bfloat16, marks=gpu)]
 # heads, kv_heads, head_dim, rotary, window, q/k norms, live lengths
-SHAPES = [(4, 4, 64, 64, 0, False, (1, 2, 64, 65, 300)), (8, 2, 128, 128, 0, False, (1, 63, 64, 65, 128, 129, 200, 255, 1999)),
+SHAPES = [(4, 4, 64, 64, 0, False, (1, 2, 64, 65, 300)),
+          (8, 2, 128, 128, 0, False, (1, 63, 64, 65, 128, 129, 200, 255, 1999)),
           (14, 2, 128, 128, 0, True, (5, 700)), (9, 3, 64, 64, 100, False, (99, 100, 101, 500)),
           (4, 4, 96, 48, 0, False, (7, 130)), (2, 1, 16, 16, 3, True, (2, 9)), (8, 1, 256, 256, 0, False, (3, 1000)),
           (24, 2, 80, 40, 0, False, (333,))]
@@ -33,7 +34,8 @@ def attention(qkv, at, keys, values, frequencies, rotary_scaling, scaling, windo
     angles = torch.cat((at * frequencies, at * frequencies)).double()
     cos, sin = angles.cos() * rotary_scaling, angles.sin() * rotary_scaling
     rotary = len(angles)
-    turned = apply_rotary_pos_emb(q[None, :, None, :rotary], k[None, :, None, :rotary], cos[None, None], sin[None, None])
+    turned = apply_rotary_pos_emb(q[None, :, None, :rotary], k[None, :, None, :rotary], cos[None, None],
+                                  sin[None, None])
     q, k = (torch.cat((t[0, :, 0], x[:, rotary:]), -1) for t, x in zip(turned, (q, k)))
     all_keys = torch.cat((keys[:, :at].double(), k[:, None]), 1)
     all_values = torch.cat((values[:, :at].double(), v[:, None]), 1)
@@ -151,7 +153,8 @@ def test_wrong_arguments_are_named(call, match):
 
 @gpu
 @pytest.mark.parametrize("form", ["codebook", "uniform"])
-@pytest.mark.parametrize("d_in, batch, dtype", [(576, 1, torch.float16), (4096, 1, torch.bfloat16), (4096, 3, torch.float16),
+@pytest.mark.parametrize("d_in, batch, dtype", [(576, 1, torch.float16), (4096, 1, torch.bfloat16),
+                                                (4096, 3, torch.float16),
                                                 (14336, 1, torch.float16), (14336, 8, torch.bfloat16),
                                                 (1056, 2, torch.float16)])
 def test_a_gemv_norms_its_input_itself(make_base, make_residual, form, d_in, batch, dtype):

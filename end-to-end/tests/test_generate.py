@@ -86,7 +86,8 @@ def test_a_plan_is_followed_and_one_of_another_model_refused(folders, generate, 
     shown = generate(*arguments, tmp_path / "plan.json")
     row = json.loads(shown.out)
     assert (row["k_chunk"], row["n_tb"], row["selection"]) == ([8, 16, 0, 4], 4, "exact") and "following" in shown.err
-    by_hand = generate("--model", folders[1], "--prompt", "Hello", "--json", "--k-chunk", 8, 16, 0, 4, "--device", "cpu")
+    by_hand = generate("--model", folders[1], "--prompt", "Hello", "--json", "--k-chunk", 8, 16, 0, 4, "--device",
+                       "cpu")
     assert json.loads(by_hand.out)["text"] == row["text"]
     save_plan(tmp_path / "other.json", plan_for(folders[1], weights_hash="0" * 16))
     with pytest.raises(UserError, match="tuned for weights 0000"):

@@ -24,7 +24,8 @@ def folder(tmp_path_factory):
 
 def test_every_path_gives_the_same_text(folder, monkeypatch, capsys, tmp_path):
     rows = tmp_path / "rows.jsonl"
-    monkeypatch.setattr("sys.argv", ["same_text.py", "--model", str(folder), "--max-new-tokens", "6", "--out", str(rows)])
+    monkeypatch.setattr("sys.argv", ["same_text.py", "--model", str(folder), "--max-new-tokens", "6", "--out",
+                                     str(rows)])
     monkeypatch.setattr("same_text.default_device", lambda: "cpu")
     main()
     seen = [json.loads(line) for line in rows.read_text().splitlines()]

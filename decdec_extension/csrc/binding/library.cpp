@@ -1,7 +1,8 @@
 // The schemas of decdec's ops, in the argument order of decdec/ops.py and decdec/decode_ops.py, which document them.
 //
-// Every op but attend, which writes into its caches, is functional. A workspace is written while a call runs but is all zero before and after it, so no caller sees
-// a mutation; marked as one, it would be copied by torch.compile, and inductor (torch 2.13) fails where it is None.
+// Every op but attend, which writes into its caches, is functional. A workspace is written while a call runs but is all
+// zero before and after it, so no caller sees a mutation; marked as one, it would be copied by torch.compile, and
+// inductor (torch 2.13) fails where it is None.
 
 #include <torch/csrc/stable/library.h>
 
