@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "binding/checks.h"
+#include "binding/compensation.h"
 #include "cpu/dequantize.h"
 #include "cpu/gemv.h"
 #include "cpu/quantize.h"
@@ -136,25 +136,10 @@ Tensor multiply(const Tensor& x, const cpu::BaseWeights* base, const OptionalTen
   return out;
 }
 
-// What the compensation adds to a base GEMV's arguments.
-struct Compensation {
-  const Tensor& residual;
-  const OptionalTensor& residual_scale;
-  int64_t residual_bits;
-  bool nested;
-  int64_t k_chunk;
-  const std::optional<double>& b_0;
-  const std::optional<double>& b_15;
-  const OptionalTensor& center;
-  int64_t n_tb;
-};
-
 Tensor multiply_compensated(const char* op, const Tensor& x, const cpu::BaseWeights& base, const OptionalTensor& bias,
-                            const Compensation& c) {
+                            const CompensationArguments& c) {
   check_bias(op, bias, base.d_out, x);
-  check_residual(op, c.residual, c.residual_scale, c.residual_bits, base.d_in, base.d_out, x);
-  check_selection(op, x, c.k_chunk, c.b_0, c.b_15, c.center);
-  check_n_tb(op, c.n_tb);
+  c.check(op, base.d_in, base.d_out, x);
   const cpu::Residual residual = packed_residual(c.residual, c.residual_scale, c.residual_bits, c.nested, base.d_out);
   const std::vector<float> floats = float_activations(x, c.center);
   const int64_t k = selected_channels(base.d_in, c.k_chunk);
@@ -279,14 +264,14 @@ Tensor codebook_gemv_compensated(const Tensor& x, const Tensor& qweight, const T
                                  const OptionalTensor& residual_scale, int64_t residual_bits, bool nested,
                                  int64_t k_chunk, const std::optional<double>& b_0, const std::optional<double>& b_15,
                                  const OptionalTensor& center, int64_t n_tb,
-                                 const OptionalTensor& /*workspace: of the GPU alone*/, const OptionalTensor& norm,
-                                 double) {
+                                 const OptionalTensor& workspace, const OptionalTensor& norm, double) {
   const char* op = "codebook_gemv_compensated";
   check_no_norm(op, norm);
   check_x(op, x);
   check_codebook(op, qweight, codebook, scale, x.size(1), x);
   return multiply_compensated(op, x, codebook_weights(qweight, codebook, scale, x.size(1)), bias,
-                              {residual, residual_scale, residual_bits, nested, k_chunk, b_0, b_15, center, n_tb});
+                              {residual, residual_scale, residual_bits, nested, k_chunk, b_0, b_15, center, n_tb,
+                               workspace});
 }
 
 Tensor uniform_gemv_compensated(const Tensor& x, const Tensor& qweight, const Tensor& scales, const Tensor& zeros,
@@ -294,14 +279,14 @@ Tensor uniform_gemv_compensated(const Tensor& x, const Tensor& qweight, const Te
                                 const OptionalTensor& residual_scale, int64_t residual_bits, bool nested,
                                 int64_t k_chunk, const std::optional<double>& b_0, const std::optional<double>& b_15,
                                 const OptionalTensor& center, int64_t n_tb,
-                                const OptionalTensor& /*workspace: of the GPU alone*/, const OptionalTensor& norm,
-                                double) {
+                                const OptionalTensor& workspace, const OptionalTensor& norm, double) {
   const char* op = "uniform_gemv_compensated";
   check_no_norm(op, norm);
   check_x(op, x);
   check_uniform(op, qweight, scales, zeros, x.size(1), x);
   return multiply_compensated(op, x, uniform_weights(qweight, scales, zeros, x.size(1)), bias,
-                              {residual, residual_scale, residual_bits, nested, k_chunk, b_0, b_15, center, n_tb});
+                              {residual, residual_scale, residual_bits, nested, k_chunk, b_0, b_15, center, n_tb,
+                               workspace});
 }
 
 }  // namespace decdec

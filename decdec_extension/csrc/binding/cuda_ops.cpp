@@ -8,6 +8,7 @@
 #include <cmath>
 #include <vector>
 
+#include "binding/compensation.h"
 #include "binding/cuda_call.h"
 
 namespace decdec {
@@ -116,28 +117,12 @@ Tensor multiply(const char* op, const Tensor& x, Format format, int64_t bits, co
   return out;
 }
 
-// What the compensation adds to a base GEMV's arguments.
-struct CompensationArguments {
-  const Tensor& residual;
-  const OptionalTensor& residual_scale;
-  int64_t residual_bits;
-  bool nested;
-  int64_t k_chunk;
-  const std::optional<double>& b_0;
-  const std::optional<double>& b_15;
-  const OptionalTensor& center;
-  int64_t n_tb;
-  const OptionalTensor& workspace;
-};
-
 Tensor multiply_compensated(const char* op, const Tensor& x, Format format, int64_t bits, const Weights& weights,
                             const OptionalTensor& bias, const CompensationArguments& a,
                             const NormArguments& norm) {
   check_rows(op, x);
   check_bias(op, bias, weights.d_out, x);
-  check_residual(op, a.residual, a.residual_scale, a.residual_bits, weights.d_in, weights.d_out, x);
-  check_selection(op, x, a.k_chunk, a.b_0, a.b_15, a.center);
-  check_n_tb(op, a.n_tb);
+  a.check(op, weights.d_in, weights.d_out, x);
   const int64_t bytes = x.size(0) * weights.d_out * 8;
   check_workspace(op, a.workspace, bytes, x);
   const OnDevice device(x);

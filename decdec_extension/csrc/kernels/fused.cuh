@@ -9,48 +9,67 @@
 
 namespace decdec::cuda {
 
-// The way out of a thread's outputs, up to kPlaces at a time. In a compensated GEMV the two roles' sums meet in the
-// workspace: whoever comes second takes the other's sum out and writes the output. One atomic exchange carries a sum
-// and the mark that it is there, so neither fence nor counter is needed, and the sum of two numbers does not depend on
-// their order.
+// The way out of a thread's outputs of one row, up to kPlaces at a time. In a compensated GEMV the two roles' sums meet
+// in the workspace: whoever comes second takes the other's sum out and writes the output. One atomic exchange carries a
+// sum and the mark that it is there, so neither fence nor counter is needed, and the sum of two numbers does not depend
+// on their order.
 template <int kPlaces>
 struct Outputs {
   const GemvParams& p;
+  int row = 0;
   int64_t at[kPlaces];  // of sums that were left, until finish() has seen what was there; or -1
   uint64_t found[kPlaces];
   float sum[kPlaces];
 
   __device__ __forceinline__ explicit Outputs(const GemvParams& p) : p(p) {
 #pragma unroll
-    for (int n = 0; n < kPlaces; ++n) at[n] = -1;
+    for (int n = 0; n < kPlaces; ++n) at[n] = -1, found[n] = 0;
   }
 
+  __device__ __forceinline__ unsigned long long* place(int64_t at) const {
+    return reinterpret_cast<unsigned long long*>(p.compensation.workspace) + at;
+  }
+
+  // Looks whether the other role's sums of the outputs that are put next are there, for the role that mostly comes
+  // second: an exchange takes about a microsecond, a look while the own sums are still being made costs nothing.
   // Negative outputs are none.
-  __device__ __forceinline__ void put(int row, const int (&outputs)[kPlaces], const float (&values)[kPlaces]) {
+  __device__ __forceinline__ void expect(const int (&outputs)[kPlaces]) {
+    finish();
+#pragma unroll
+    for (int n = 0; n < kPlaces; ++n) {
+      found[n] = 0;
+      if (outputs[n] < 0) continue;
+      asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];"
+                   : "=l"(found[n])
+                   : "l"(place(int64_t{row} * p.weights.d_out + outputs[n])));
+    }
+  }
+
+  __device__ __forceinline__ void put(const int (&outputs)[kPlaces], const float (&values)[kPlaces]) {
     finish();
 #pragma unroll
     for (int n = 0; n < kPlaces; ++n) {
       if (outputs[n] < 0) continue;
-      const int64_t place = int64_t{row} * p.weights.d_out + outputs[n];
+      at[n] = int64_t{row} * p.weights.d_out + outputs[n], sum[n] = values[n];
       if (p.compensation.n_tb == 0) {
-        store_element(p.out, place, p.dtype, values[n]);
-      } else {
-        at[n] = place, sum[n] = values[n];
-        found[n] = atomicExch(reinterpret_cast<unsigned long long*>(p.compensation.workspace) + place,
-                              uint64_t{1} << 32 | __float_as_uint(values[n]));
+        store_element(p.out, at[n], p.dtype, values[n]);
+        at[n] = -1;
+      } else if (found[n] == 0) {
+        found[n] = atomicExch(place(at[n]), uint64_t{1} << 32 | __float_as_uint(values[n]));
       }
     }
   }
 
-  // To be called some time after the last put: the exchange's answer takes about a microsecond.
+  // To be called some time after the last put, so that the exchanges' answers are there.
   __device__ __forceinline__ void finish() {
 #pragma unroll
     for (int n = 0; n < kPlaces; ++n) {
-      if (at[n] >= 0 && found[n] != 0) {
+      if (at[n] < 0) continue;
+      if (found[n] != 0) {
         store_element(p.out, at[n], p.dtype, sum[n] + __uint_as_float(uint32_t(found[n])));
-        p.compensation.workspace[at[n]] = 0;
+        *place(at[n]) = 0;
       }
-      at[n] = -1;
+      at[n] = -1, found[n] = 0;
     }
   }
 };
@@ -64,13 +83,13 @@ __device__ inline void compensate(const GemvParams& p, uint8_t* shared) {
   uint16_t* channels = reinterpret_cast<uint16_t*>(values + (kept ? c.selected : 0));
   const int warp = threadIdx.x / 32;
   uint16_t* own = reinterpret_cast<uint16_t*>(shared + normed_bytes(c.selected, 0));
-  const uint16_t* x = static_cast<const uint16_t*>(p.x);  // the row's
-  const auto value = [&](int channel) {
-    return load_element(x, channel, p.dtype) - (c.center ? __ldg(c.center + channel) : 0.f);
+  const auto centered = [&](uint16_t bits, int channel) {
+    return to_float(bits, p.dtype) - (c.center ? __ldg(c.center + channel) : 0.f);
   };
   Outputs<kEmitted> out(p);
   for (int row = 0; row < p.batch; ++row) {
-    x = static_cast<const uint16_t*>(p.x) + int64_t{row} * d_in;
+    const uint16_t* x = static_cast<const uint16_t*>(p.x) + int64_t{row} * d_in;
+    out.row = row;
     __syncthreads();
     if (p.norm) {
       const float factor = norm_factor(p, row_squares(p, row), sums);
@@ -83,9 +102,9 @@ __device__ inline void compensate(const GemvParams& p, uint8_t* shared) {
     }
     for (int chunk = warp; chunk * kChunk < d_in; chunk += kWarps) {
       select_row_chunk(x, 0, d_in, chunk * kChunk, p.dtype, c, reinterpret_cast<uint16_t*>(sums) + warp * kChunk,
-                       [&](int i, int channel) {
+                       [&](int i, int channel, uint16_t bits) {
                          channels[chunk * c.k_chunk + i] = uint16_t(channel);
-                         if (kept) values[chunk * c.k_chunk + i] = channel < 0 ? 0.f : value(channel);
+                         if (kept) values[chunk * c.k_chunk + i] = channel < 0 ? 0.f : centered(bits, channel);
                        });
     }
     __syncthreads();
@@ -95,10 +114,10 @@ __device__ inline void compensate(const GemvParams& p, uint8_t* shared) {
           [&](int i, float& factor) {
             const int channel = channels[i];
             if (channel == kMaxInputs - 1) return -1;
-            factor = kept ? values[i] : value(channel);
+            factor = kept ? values[i] : centered(x[channel], channel);
             return channel;
           },
-          [&](const int (&outputs)[kEmitted], const float (&values)[kEmitted]) { out.put(row, outputs, values); });
+          out);
     });
   }
   out.finish();
@@ -117,7 +136,8 @@ __global__ __launch_bounds__(kThreads, 2) void gemv_kernel(const __grid_constant
   const int block = blockIdx.x - c.n_tb;
   Outputs<1> out(p);
   const auto emit = [&](int row, int o, float sum) {
-    out.put(row, {o}, {p.bias ? sum + load_element(p.bias, o, p.dtype) : sum});
+    out.row = row;
+    out.put({o}, {p.bias ? sum + load_element(p.bias, o, p.dtype) : sum});
   };
   if constexpr (kFormat == Format::kUniform) {
     if (p.plan.generic) {

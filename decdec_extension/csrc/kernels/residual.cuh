@@ -13,57 +13,75 @@
 
 namespace decdec::cuda {
 
-// A piece holds at most 32 outputs, so that a thread's sums fit in registers.
+// A piece holds at most 32 outputs, so that a thread's sums fit in registers. At 3 bits the high two bits of all its
+// codes come first, then the low ones, as they lie in two parts of the row.
 template <int kBits>
-struct alignas(kBits < 4 ? 4 * kBits : 16) Piece {
+struct alignas(kBits < 3 ? 4 * kBits : 16) Piece {
   static constexpr int kOutputs = kBits <= 4 ? 32 : 128 / kBits;
   static constexpr int kWords = kOutputs * kBits / 32;
+  static constexpr int kLoads = 16 / kWords;  // in flight a thread: 16 KB a block; 8 to 16 blocks saturate the link
   uint32_t words[kWords];
 
   // What `shifted` is above the code: the code lies in the top bits of the mantissa of a number whose leading bit is
   // 2**kBits.
   static constexpr float kOffset = kBits == 16 ? 0.f : float((1 << kBits % 16) + (1 << (kBits % 16 - 1)));
 
-  // Output n's signed code plus kOffset, in two instructions; the residual itself at 16 bits.
+  // `width` bits of a word, moved from bit `from` to bit `to`.
+  __device__ __forceinline__ static uint32_t field(uint32_t word, int width, int from, int to) {
+    return (to >= from ? word << (to - from) : word >> (from - to)) & ((1u << width) - 1) << to;
+  }
+
+  // Output n's signed code plus kOffset, in two instructions (five at 3 bits); the residual itself at 16 bits.
   __device__ __forceinline__ float shifted(int n) const {
+    constexpr uint32_t kLeading = uint32_t(127 + kBits) << 23;
     if constexpr (kBits == 16) {
       return half_to_float(words[n / 2] >> (n % 2 * 16) & 0xffff);
+    } else if constexpr (kBits == 3) {
+      return __uint_as_float(field(words[n / 16], 2, n % 16 * 2, 21) | field(words[2], 1, n, 20) | kLeading);
     } else {
-      constexpr uint32_t kMask = ((1u << kBits) - 1) << (23 - kBits);
-      const uint32_t word = words[n * kBits / 32];
-      const int up = 23 - kBits - n * kBits % 32;
-      return __uint_as_float(((up >= 0 ? word << up : word >> -up) & kMask) | uint32_t(127 + kBits) << 23);
+      return __uint_as_float(field(words[n * kBits / 32], kBits, n * kBits % 32, 23 - kBits) | kLeading);
     }
   }
 
   __device__ __forceinline__ float code(int n) const { return shifted(n) - kOffset; }
+
+  // Calls copy(to, from, bytes), bytes an integral constant, for the parts of piece `index` of a row.
+  template <class Copy>
+  __device__ __forceinline__ void copy(const uint8_t* row, int index, int d_out, Copy copy) {
+    if constexpr (kBits == 3) {
+      copy(words, row + 8 * index, std::integral_constant<int, 8>());
+      copy(words + 2, row + (d_out + 63) / 64 * 16 + 4 * index, std::integral_constant<int, 4>());
+    } else {
+      copy(words, row + 4 * kWords * index, std::integral_constant<int, 4 * kWords>());
+    }
+  }
 };
 
-constexpr int kPieceLoads = 4;   // in flight a thread: 16 KB a block; 8 to 16 blocks then saturate the link
-constexpr int kEmitted = 4;      // outputs of a thread that are written together
-constexpr int kSlicePieces = 8;  // slices are multiples of 128 bytes at 4 bits and more: whole lines of the link
+constexpr int kEmitted = 4;  // outputs of a thread that are written together
 
 // Pieces of a row, and of each of `blocks` slices.
 __host__ __device__ constexpr int row_pieces(int d_out, int bits) {
   const int outputs = bits <= 4 ? 32 : 128 / bits;
   return (d_out + outputs - 1) / outputs;
 }
-__host__ __device__ constexpr int slice_pieces(int pieces, int blocks) {
-  const int even = (pieces + blocks - 1) / blocks;
-  return (even + kSlicePieces - 1) / kSlicePieces * kSlicePieces;
+// Slices are multiples of 128 bytes, of 64 in the low part of 3 bits: whole lines of the link.
+__host__ __device__ constexpr int slice_pieces(int pieces, int blocks, int bits) {
+  const int line = bits == 1 ? 32 : bits <= 3 ? 16 : 8, even = (pieces + blocks - 1) / blocks;
+  return (even + line - 1) / line * line;
 }
 
-// channel(i, factor) is the i-th of `selected` channels, or negative; emit(outputs, values) takes every output of the
-// slice once, kEmitted at a time, negative ones being none. `sums`: 32 * kSumStride floats of shared memory. Called by
-// the whole block. kGrouped: the scale depends on the channel (or is nested), so that it enters every product instead
-// of the sums.
+// channel(i, factor) is the i-th of `selected` channels, or negative; emit.put(outputs, values) takes every output of
+// the slice once, kEmitted at a time, negative ones being none; emit.expect(outputs) announces them. `sums`: 32 *
+// kSumStride floats of shared memory. Called by the whole block. kGrouped: the scale depends on the channel (or is
+// nested), so that it enters every product instead of the sums.
 template <int kBits, bool kGrouped, class Channel, class Emit>
 __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, int selected, int slice, int slices,
-                                              float* sums, Channel channel, Emit emit) {
+                                              float* sums, Channel channel, Emit&& emit) {
   using P = Piece<kBits>;
   P* ring = reinterpret_cast<P*>(sums);
-  const int pieces = row_pieces(d_out, kBits), per_slice = slice_pieces(pieces, slices);
+  const int pieces = row_pieces(d_out, kBits), per_slice = slice_pieces(pieces, slices, kBits);
   const int begin = slice * per_slice, end = min(begin + per_slice, pieces);
+  const bool wide_scales = d_out % 8 == 0 && reinterpret_cast<uintptr_t>(c.residual_scale) % 16 == 0;
   if constexpr (!kGrouped && kBits != 16) {  // they are wanted when the last row has come
     for (int o = begin * P::kOutputs + 64 * threadIdx.x; o < min(end * P::kOutputs, d_out); o += 64 * kThreads) {
       asm volatile("prefetch.global.L2 [%0];" ::"l"(c.residual_scale + o));
@@ -74,27 +92,28 @@ __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, 
     const int piece = threadIdx.x % width, row = threadIdx.x / width;
     const bool busy = row < rows;
     const int output = (first + piece) * P::kOutputs;
-    const uint8_t* column = c.residual + int64_t{first + piece} * (P::kWords * 4);
     float sum[P::kOutputs] = {}, factors = 0;
     int fill = 0, empty = 0;  // places in the thread's part of the ring
     const auto load = [&](int i) {
       float factor;
       const int at = busy && i < selected ? channel(i, factor) : -1;
       if (at >= 0) {
-        copy_async<P::kWords * 4>(ring + fill * kThreads + threadIdx.x, column + at * c.row_bytes);
+        ring[fill * kThreads + threadIdx.x].copy(
+            c.residual + at * c.row_bytes, first + piece, d_out,
+            [](void* to, const void* from, auto bytes) { copy_async<bytes>(to, from); });
         if constexpr (kGrouped) {
           asm volatile(
               "prefetch.global.L2 [%0];" ::"l"(c.residual_scale + int64_t{at / c.group_size} * d_out + output));
         }
       }
       close_copies();
-      fill = (fill + 1) % kPieceLoads;
+      fill = (fill + 1) % P::kLoads;
     };
 #pragma unroll 1
-    for (int n = 0; n < kPieceLoads; ++n) load(row + n * rows);
+    for (int n = 0; n < P::kLoads; ++n) load(row + n * rows);
 #pragma unroll 1
     for (int i = row; i < selected; i += rows) {
-      wait_copies<kPieceLoads - 1>();
+      wait_copies<P::kLoads - 1>();
       float factor = 0;
       const int at = busy ? channel(i, factor) : -1;
       if (at >= 0) {
@@ -106,16 +125,27 @@ __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, 
           for (int n = 0; n < P::kOutputs; ++n) sum[n] = fmaf(data.shifted(n), factor, sum[n]);
         } else {
           const uint16_t* scale = c.residual_scale + int64_t{at / c.group_size} * d_out + output;
-          const float offset = c.nested ? 0.5f : 0.f;
+          const float offset = P::kOffset - (c.nested ? 0.5f : 0.f);
 #pragma unroll
-          for (int n = 0; n < P::kOutputs; ++n) {
-            const float step = output + n < d_out ? half_to_float(__ldg(scale + n)) : 0.f;
-            sum[n] = fmaf((data.code(n) + offset) * step, factor, sum[n]);
+          for (int part = 0; part < P::kOutputs; part += 8) {
+            uint4 steps{};
+            uint16_t* step = reinterpret_cast<uint16_t*>(&steps);
+            if (wide_scales) {
+              if (output + part < d_out) steps = __ldg(reinterpret_cast<const uint4*>(scale + part));
+            } else {
+#pragma unroll
+              for (int n = 0; n < 8; ++n) step[n] = output + part + n < d_out ? __ldg(scale + part + n) : 0;
+            }
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+              float& to = sum[part + n];
+              to = fmaf(data.shifted(part + n) - offset, half_to_float(step[n]) * factor, to);
+            }
           }
         }
       }
-      empty = (empty + 1) % kPieceLoads;
-      load(i + kPieceLoads * rows);
+      empty = (empty + 1) % P::kLoads;
+      load(i + P::kLoads * rows);
     }
     __syncthreads();  // all have emptied their part of the ring, whose place the sums take
     if (busy) {
@@ -131,6 +161,11 @@ __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, 
       for (int n = 0; n < kEmitted; ++n) {
         const int at = i + n * kThreads, o = first * P::kOutputs + at;
         outputs[n] = at < width * P::kOutputs && o < d_out ? o : -1;
+      }
+      emit.expect(outputs);
+#pragma unroll
+      for (int n = 0; n < kEmitted; ++n) {
+        const int at = i + n * kThreads, o = first * P::kOutputs + at;
         value[n] = 0;
         if (outputs[n] < 0) continue;
         const float scale = kGrouped || kBits == 16 ? 1.f : half_to_float(__ldg(c.residual_scale + o));
@@ -139,7 +174,7 @@ __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, 
         for (int r = 0; r < rows; ++r) value[n] += from[r * width];
         value[n] *= kGrouped && c.nested ? 1.f / (1 << kBits) : scale;
       }
-      emit(outputs, value);
+      emit.put(outputs, value);
     }
     __syncthreads();  // the sums have been read
   }
@@ -160,6 +195,8 @@ __device__ __forceinline__ void with_residual_format(const Compensation& c, Call
       return with_bits(std::integral_constant<int, 1>());
     case 2:
       return with_bits(std::integral_constant<int, 2>());
+    case 3:
+      return with_bits(std::integral_constant<int, 3>());
     case 4:
       return with_bits(std::integral_constant<int, 4>());
     case 8:

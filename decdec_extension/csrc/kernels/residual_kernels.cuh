@@ -17,7 +17,9 @@ __global__ void residual_dequantize_kernel(const Compensation c, int d_in, int d
   const int64_t channel = at / pieces;
   const int piece = int(at % pieces);
   P data;
-  load_streaming<P::kWords>(data.words, c.residual + channel * c.row_bytes + piece * P::kWords * 4);
+  data.copy(c.residual + channel * c.row_bytes, piece, d_out, [](uint32_t* to, const void* from, auto bytes) {
+    load_streaming<bytes / 4>(reinterpret_cast<uint32_t(&)[bytes / 4]>(*to), from);
+  });
 #pragma unroll
   for (int n = 0; n < P::kOutputs; ++n) {
     const int o = piece * P::kOutputs + n;
@@ -37,8 +39,24 @@ static __global__ void select_kernel(const void* x, int d_in, Dtype dtype, const
   const int warp = threadIdx.x / 32, chunk = blockIdx.x * kWarps + warp, row = blockIdx.y;
   if (chunk * kChunk >= d_in) return;
   int32_t* to = indices + int64_t{row} * c.selected + int64_t{chunk} * c.k_chunk;
-  select_row_chunk(x, row, d_in, chunk * kChunk, dtype, c, scratch[warp], [&](int i, int channel) { to[i] = channel; });
+  select_row_chunk(x, row, d_in, chunk * kChunk, dtype, c, scratch[warp],
+                   [&](int i, int channel, uint16_t) { to[i] = channel; });
 }
+
+// The way out of outputs that are written as they are.
+struct Stores {
+  void* out;
+  int64_t first;
+  Dtype dtype;
+
+  __device__ __forceinline__ void expect(const int (&)[kEmitted]) {}
+  __device__ __forceinline__ void put(const int (&outputs)[kEmitted], const float (&values)[kEmitted]) {
+#pragma unroll
+    for (int n = 0; n < kEmitted; ++n) {
+      if (outputs[n] >= 0) store_element(out, first + outputs[n], dtype, values[n]);
+    }
+  }
+};
 
 // (batch, d_out) of given channels; block x of a row has a slice of the outputs. Indices outside 0..d_in-1 are skipped.
 template <int kBits, bool kGrouped>
@@ -48,20 +66,26 @@ __global__ __launch_bounds__(kThreads) void residual_gemv_kernel(const void* x, 
   extern __shared__ __align__(16) float shared_sums[];
   const int64_t row = blockIdx.y;
   const int32_t* mine = indices + row * c.selected;
+  const auto find = [&](int i, float& factor) {
+    const int channel = __ldg(mine + i);
+    if (channel < 0 || channel >= d_in) return -1;
+    factor = load_element(x, row * d_in + channel, dtype) - (c.center ? __ldg(c.center + channel) : 0.f);
+    return channel;
+  };
+  // Found once and kept: a thread would find them again with every row, and wait for each.
+  const bool kept = c.selected <= kMaxValues;
+  float* values = shared_sums + 32 * kSumStride;
+  uint16_t* channels = reinterpret_cast<uint16_t*>(values + c.selected);
+  for (int i = threadIdx.x; kept && i < c.selected; i += kThreads) channels[i] = uint16_t(find(i, values[i]));
+  __syncthreads();
   residual_gemv<kBits, kGrouped>(
       c, d_out, c.selected, blockIdx.x, gridDim.x, shared_sums,
       [&](int i, float& factor) {
-        const int channel = __ldg(mine + i);
-        if (channel < 0 || channel >= d_in) return -1;
-        factor = load_element(x, row * d_in + channel, dtype) - (c.center ? __ldg(c.center + channel) : 0.f);
-        return channel;
+        if (!kept) return find(i, factor);
+        factor = values[i];
+        return channels[i] == kMaxInputs - 1 ? -1 : int(channels[i]);
       },
-      [&](const int (&outputs)[kEmitted], const float (&values)[kEmitted]) {
-#pragma unroll
-        for (int n = 0; n < kEmitted; ++n) {
-          if (outputs[n] >= 0) store_element(out, row * d_out + outputs[n], dtype, values[n]);
-        }
-      });
+      Stores{out, row * d_out, dtype});
 }
 
 }  // namespace decdec::cuda

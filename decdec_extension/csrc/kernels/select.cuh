@@ -1,10 +1,12 @@
 // Selection of the salient channels of one 1024-wide chunk by one warp, in registers.
 //
-// A lane holds 32 neighbouring channels as integer keys, larger for more salient ones: the bits of |x|, or the bucket
-// of the paper's section 4.3. The count-th largest key is searched by bisection and usually met early, as soon as some
-// key has exactly `count` keys at or above it. Ties are cut at the lowest channel; NaN and Inf have no key.
+// A lane holds 32 neighbouring channels as keys, larger for more salient ones: the bits of |x|, or the bucket of the
+// paper's section 4.3. The count-th largest key is searched by bisection and usually met early, as soon as some key has
+// exactly `count` keys at or above it. Ties are cut at the lowest channel; NaN and Inf have no key.
 
 #pragma once
+
+#include <type_traits>
 
 #include "primitives.cuh"
 
@@ -18,12 +20,69 @@ __device__ __forceinline__ int chunk_count(int d_in, int start, int k_chunk) {
   return (k_chunk * width + kChunk - 1) / kChunk;
 }
 
-__device__ __forceinline__ int count_at_least(const int (&keys)[kLaneChannels], int bound) {
-  int count = 0;
+// Keys as integers, for centered values and buckets; -1 is none.
+struct WideKeys {
+  int keys[kLaneChannels];
+
+  __device__ __forceinline__ int largest() const {
+    int most = -1;
 #pragma unroll
-  for (int i = 0; i < kLaneChannels; ++i) count += keys[i] >= bound;
-  return __reduce_add_sync(0xffffffff, count);
-}
+    for (int i = 0; i < kLaneChannels; ++i) most = max(most, keys[i]);
+    return most;
+  }
+  __device__ __forceinline__ int count_at_least(int bound) const {
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < kLaneChannels; ++i) count += keys[i] >= bound;
+    return count;
+  }
+  // Bit i: whether key i is at least `bound`, or equal to it.
+  template <bool kEqual>
+  __device__ __forceinline__ uint32_t mask(int bound) const {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < kLaneChannels; ++i) bits |= uint32_t(kEqual ? keys[i] == bound : keys[i] >= bound) << i;
+    return bits;
+  }
+};
+
+// The bits of |x| two to a register, compared as the numbers that they are: half the instructions. NaN, which no
+// comparison holds for, is none. Pair: __half2 or __nv_bfloat162.
+template <class Pair>
+struct PackedKeys {
+  static constexpr uint32_t kOne = std::is_same_v<Pair, __half2> ? 0x3c00 : 0x3f80;
+  Pair keys[kLaneChannels / 2];
+
+  __device__ __forceinline__ static Pair pair(uint32_t bits) { return *reinterpret_cast<const Pair*>(&bits); }
+  __device__ __forceinline__ static uint32_t bits(Pair pair) { return *reinterpret_cast<const uint32_t*>(&pair); }
+
+  __device__ __forceinline__ int largest() const {
+    Pair most = keys[0];  // NaN only if both are
+#pragma unroll
+    for (int i = 1; i < kLaneChannels / 2; ++i) most = __hmax2(most, keys[i]);
+    const int low = bits(most) & 0xffff, high = bits(most) >> 16, infinity = kOne == 0x3c00 ? 0x7c00 : 0x7f80;
+    return max(low < infinity ? low : -1, high < infinity ? high : -1);
+  }
+  __device__ __forceinline__ int count_at_least(int bound) const {
+    const Pair bounds = pair(bound * 0x10001u);
+    Pair counts[2] = {pair(0), pair(0)};
+#pragma unroll
+    for (int i = 0; i < kLaneChannels / 2; ++i) counts[i % 2] = __hadd2(counts[i % 2], __hge2(keys[i], bounds));
+    const Pair count = __hadd2(counts[0], counts[1]);
+    return int(float(count.x) + float(count.y));
+  }
+  template <bool kEqual>
+  __device__ __forceinline__ uint32_t mask(int bound) const {
+    const Pair bounds = pair(bound * 0x10001u);
+    uint32_t result = 0;
+#pragma unroll
+    for (int i = 0; i < kLaneChannels / 2; ++i) {
+      const uint32_t both = kEqual ? __heq2_mask(keys[i], bounds) : __hge2_mask(keys[i], bounds);
+      result |= (both & 1) << (2 * i) | both >> 31 << (2 * i + 1);
+    }
+    return result;
+  }
+};
 
 // The key of a centered value, or its bucket: the first of the descending floors that it reaches.
 __device__ __forceinline__ int channel_key(float v, const Compensation& c) {
@@ -39,68 +98,28 @@ __device__ __forceinline__ int channel_key(float v, const Compensation& c) {
   return kBuckets - 1 - low;
 }
 
-// Keys of the lane's 32 channels. `scratch`: 2 KB of shared memory of the warp's own.
-__device__ inline void load_keys(int (&keys)[kLaneChannels], const void* x, int row, int d_in, int start, Dtype dtype,
-                                 const Compensation& c, uint16_t* scratch) {
-  const int lane = threadIdx.x % 32;
-  const uint16_t* from = static_cast<const uint16_t*>(x) + int64_t{row} * d_in + start;
-  const uint4* mine = reinterpret_cast<const uint4*>(from) + lane * (kLaneChannels / 8);
-  if (d_in % 8 != 0 || start + kChunk > d_in) {
-    for (int i = lane; i < kChunk; i += 32) scratch[i] = start + i < d_in ? from[i] : 0x7fff;  // NaN: no key
-    __syncwarp();
-    mine = reinterpret_cast<const uint4*>(scratch) + lane * (kLaneChannels / 8);
-  }
-  const int infinity = dtype == Dtype::kHalf ? 0x7c00 : 0x7f80;
-  uint4 raw[kLaneChannels / 8];
-#pragma unroll
-  for (int i = 0; i < kLaneChannels / 8; ++i) raw[i] = mine[i];
-  const uint32_t* words = &raw[0].x;
-#pragma unroll
-  for (int i = 0; i < kLaneChannels; ++i) {
-    const int magnitude = words[i / 2] >> (i % 2 * 16) & 0x7fff;  // ordered like |x|
-    keys[i] = magnitude >= infinity ? -1 : magnitude;
-  }
-  __syncwarp();
-  if (c.buckets || c.center) {
-#pragma unroll
-    for (int i = 0; i < kLaneChannels; ++i) {
-      const int channel = start + lane * kLaneChannels + i;
-      const uint16_t bits = words[i / 2] >> (i % 2 * 16) & 0xffff;
-      if (keys[i] >= 0) {
-        keys[i] = channel_key(to_float(bits, dtype) - (c.center ? __ldg(c.center + channel) : 0.f), c);
-      }
-    }
-  }
-}
-
 // Bit i of the result: whether channel start + 32 lane + i is selected. `count` channels are, or all finite ones if
 // fewer. `octave`: by how much keys of numbers differ that differ by a factor of 2, or 0.
-__device__ inline uint32_t select_chunk(const int (&keys)[kLaneChannels], int count, int octave) {
-  int largest = -1;
-#pragma unroll
-  for (int i = 0; i < kLaneChannels; ++i) largest = max(largest, keys[i]);
-  largest = __reduce_max_sync(0xffffffff, largest);
-  const int finite = count_at_least(keys, 0);
+template <class Keys>
+__device__ __forceinline__ uint32_t select_chunk(const Keys& keys, int count, int octave) {
+  const int largest = __reduce_max_sync(0xffffffff, keys.largest());
+  const int finite = __reduce_add_sync(0xffffffff, keys.count_at_least(0));
   int low = 0, high = largest + 1;  // at least `count` keys reach low, fewer reach high
   int at_high = 0;                  // how many reach high
   bool met = finite <= count;
   // The first guess is an octave below the largest, where few of many normally distributed numbers are left.
   int middle = octave && largest > octave ? largest - octave : high / 2;
+#pragma unroll 1
   while (!met && high - low > 1) {
-    const int reached = count_at_least(keys, middle);
+    const int reached = __reduce_add_sync(0xffffffff, keys.count_at_least(middle));
     if (reached >= count) low = middle;
     if (reached < count) high = middle, at_high = reached;
     met = reached == count;
     middle = low + (high - low) / 2;
   }
-  uint32_t chosen = 0;
-  const int bound = met ? low : high;
-#pragma unroll
-  for (int i = 0; i < kLaneChannels; ++i) chosen |= uint32_t(keys[i] >= bound) << i;
+  uint32_t chosen = keys.template mask<false>(met ? low : high);
   if (met) return chosen;
-  uint32_t tied = 0;
-#pragma unroll
-  for (int i = 0; i < kLaneChannels; ++i) tied |= uint32_t(keys[i] == low) << i;
+  uint32_t tied = keys.template mask<true>(low);
   // Of the keys equal to the count-th largest, those of the lowest channels.
   const int lane = threadIdx.x % 32;
   int before = __popc(tied);
@@ -114,9 +133,25 @@ __device__ inline uint32_t select_chunk(const int (&keys)[kLaneChannels], int co
   return chosen;
 }
 
-// Calls write(place, channel) for `count` places of the chunk: selected channels ascending, then -1.
+template <class Pair>
+__device__ __forceinline__ uint32_t select_packed(const uint4 (&raw)[kLaneChannels / 8], int count, int octave) {
+  PackedKeys<Pair> keys;
+  const uint32_t* words = &raw[0].x;
+  const uint32_t infinity = std::is_same_v<Pair, __half2> ? 0x7c00 : 0x7f80;
+#pragma unroll
+  for (int i = 0; i < kLaneChannels / 2; ++i) {
+    const uint32_t magnitudes = words[i] & 0x7fff7fff;
+    // Inf becomes NaN; NaN stays one.
+    const uint32_t low = (magnitudes & 0xffff) == infinity, high = (magnitudes >> 16) == infinity;
+    keys.keys[i] = keys.pair(magnitudes | low | high << 16);
+  }
+  return select_chunk(keys, count, octave);
+}
+
+// Calls write(place, channel, x) for `count` places of the chunk: selected channels ascending with the bits of x there,
+// then -1.
 template <class Write>
-__device__ inline void write_selected(uint32_t chosen, int count, int start, Write write) {
+__device__ inline void write_selected(uint32_t chosen, int count, int start, const uint16_t* x, Write write) {
   const int lane = threadIdx.x % 32;
   int place = __popc(chosen);
 #pragma unroll
@@ -126,19 +161,53 @@ __device__ inline void write_selected(uint32_t chosen, int count, int start, Wri
   }
   const int total = __shfl_sync(0xffffffff, place, 31);
   place -= __popc(chosen);
-  for (; chosen; chosen &= chosen - 1) write(place++, start + lane * kLaneChannels + __ffs(chosen) - 1);
-  for (int i = total + lane; i < count; i += 32) write(i, -1);
+  for (; chosen; chosen &= chosen - 1) {
+    const int i = lane * kLaneChannels + __ffs(chosen) - 1;
+    write(place++, start + i, x[i]);
+  }
+  for (int i = total + lane; i < count; i += 32) write(i, -1, 0);
 }
 
-// Selects for one chunk of one row by the calling warp.
+// Selects for one chunk of one row by the calling warp. `scratch`: 2 KB of shared memory of the warp's own, aligned to
+// 16 bytes.
 template <class Write>
 __device__ inline void select_row_chunk(const void* x, int row, int d_in, int start, Dtype dtype, const Compensation& c,
                                         uint16_t* scratch, Write write) {
-  int keys[kLaneChannels];
-  load_keys(keys, x, row, d_in, start, dtype, c, scratch);
-  const int count = chunk_count(d_in, start, c.k_chunk);
-  const int octave = c.buckets ? 0 : c.center ? 1 << 23 : dtype == Dtype::kHalf ? 1 << 10 : 1 << 7;
-  write_selected(select_chunk(keys, count, octave), count, start, write);
+  const int lane = threadIdx.x % 32, count = chunk_count(d_in, start, c.k_chunk);
+  const uint16_t* from = static_cast<const uint16_t*>(x) + int64_t{row} * d_in + start;
+  uint4* mine = reinterpret_cast<uint4*>(scratch) + lane * (kLaneChannels / 8);
+  uint4 raw[kLaneChannels / 8];
+  if (d_in % 8 != 0 || reinterpret_cast<uintptr_t>(x) % 16 != 0 || start + kChunk > d_in) {
+    for (int i = lane; i < kChunk; i += 32) scratch[i] = start + i < d_in ? from[i] : 0x7fff;  // NaN: no key
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kLaneChannels / 8; ++i) raw[i] = mine[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kLaneChannels / 8; ++i) {
+      raw[i] = reinterpret_cast<const uint4*>(from)[lane * (kLaneChannels / 8) + i];
+    }
+#pragma unroll
+    for (int i = 0; i < kLaneChannels / 8; ++i) mine[i] = raw[i];
+  }
+  uint32_t chosen;
+  if (c.buckets || c.center) {
+    WideKeys keys;
+    const uint32_t* words = &raw[0].x;
+#pragma unroll
+    for (int i = 0; i < kLaneChannels; ++i) {
+      const int channel = min(start + lane * kLaneChannels + i, d_in - 1);  // beyond are NaN
+      const uint16_t bits = words[i / 2] >> (i % 2 * 16) & 0xffff;
+      keys.keys[i] = channel_key(to_float(bits, dtype) - (c.center ? __ldg(c.center + channel) : 0.f), c);
+    }
+    chosen = select_chunk(keys, count, c.buckets ? 0 : 1 << 23);
+  } else if (dtype == Dtype::kHalf) {
+    chosen = select_packed<__half2>(raw, count, 1 << 10);
+  } else {
+    chosen = select_packed<__nv_bfloat162>(raw, count, 1 << 7);
+  }
+  __syncwarp();
+  write_selected(chosen, count, start, scratch, write);
 }
 
 }  // namespace decdec::cuda

@@ -22,12 +22,12 @@ template <int kBits, bool kGrouped>
 void gemv(const void* x, int batch, int d_in, int d_out, Dtype dtype, const Compensation& c, const int32_t* indices,
           void* out, cudaStream_t stream) {
   const auto kernel = residual_gemv_kernel<kBits, kGrouped>;
-  constexpr int kBytes = 32 * kSumStride * 4;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+  const int bytes = fetch_bytes(c.selected <= kMaxValues ? c.selected : 0);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
         "shared memory of the residual GEMV");
   const int pieces = row_pieces(d_out, kBits);
-  const int slices = std::min(kBlocks, (pieces + kSlicePieces - 1) / kSlicePieces);
-  kernel<<<dim3(slices, batch), kThreads, kBytes, stream>>>(x, d_in, d_out, dtype, c, indices, out);
+  const int slices = std::min(kBlocks, (pieces + slice_pieces(1, 1, kBits) - 1) / slice_pieces(1, 1, kBits));
+  kernel<<<dim3(slices, batch), kThreads, bytes, stream>>>(x, d_in, d_out, dtype, c, indices, out);
 }
 
 }  // namespace
@@ -41,6 +41,9 @@ void launch_residual_dequantize(const Compensation& c, int d_in, int d_out, void
       break;
     case 2:
       run(dequantize<2>);
+      break;
+    case 3:
+      run(dequantize<3>);
       break;
     case 4:
       run(dequantize<4>);
@@ -73,6 +76,9 @@ void launch_residual_gemv(const void* x, int batch, int d_in, int d_out, Dtype d
       break;
     case 2:
       run(gemv<2, false>, gemv<2, true>);
+      break;
+    case 3:
+      run(gemv<3, false>, gemv<3, true>);
       break;
     case 4:
       run(gemv<4, false>, gemv<4, true>);
