@@ -100,7 +100,7 @@ def test_bias(codebook, uniform, residual, bias, got):
 
 
 @pytest.mark.parametrize("change, expected", [
-    ({"residual_bits": 3}, "residual_bits: expected 1, 2, 4, 8 or 16, got 3"),
+    ({"residual_bits": 5}, "residual_bits: expected 1, 2, 3, 4, 8 or 16, got 5"),
     ({"residual_bits": 8}, "residual: expected contiguous uint8 (128, 48) on cpu, got uint8 (128, 32)"),
     ({"residual": torch.zeros((64, 32), dtype=torch.uint8)}, "residual: expected contiguous uint8 (128, 32)"),
     ({"residual": torch.zeros((128, 32), dtype=torch.int8)}, "residual: expected contiguous uint8 (128, 32)"),

@@ -50,7 +50,7 @@ def test_a_graph_on_the_second_gpu_while_the_first_is_current(make_base, make_re
     expected = call(x)
     with torch.cuda.device(device):
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
             out = call(x)
     assert torch.cuda.current_device() == 0
     x.neg_()

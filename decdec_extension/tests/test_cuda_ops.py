@@ -43,7 +43,8 @@ def compensated(form):
 
 def assert_as_good(out, bias, *terms):
     """Twice the error of PyTorch's own product in the same precision, one rounding of the output and half a float32
-    rounding of the sum of all |terms| besides, for where PyTorch is lucky."""
+    rounding of the sum of all |terms| besides, for where PyTorch is lucky; and float32 roundings of the largest |x|,
+    for residual codes are summed with an offset."""
     dtype = out.dtype
     truth = sum(x.double() @ dense for x, dense in terms)
     pytorch = sum(x.to(dtype) @ dense.to(dtype) for x, dense in terms)
@@ -57,6 +58,7 @@ def assert_as_good(out, bias, *terms):
         return
     error, allowed = ((result.double() - truth)[inside].abs().nan_to_num(0).max() for result in (out, pytorch))
     slack = torch.finfo(dtype).eps * truth[inside].abs().max() + 2**-20 * magnitude.max()
+    slack += 2**-19 * max(x.double().abs().max() for x, _ in terms)
     assert error <= 2 * allowed + slack, f"error {error:.3g}, PyTorch's {allowed:.3g}, slack {slack:.3g}"
 
 
@@ -77,7 +79,7 @@ def random_case(draw, make_base, make_residual):
     bits, batch, dtype = draw.choice((2, 3, 4)), draw.randint(1, 8), draw.choice(DTYPES)
     sizes = [size for size in (d_in, 5, 16, 32, 64, 96, 128, 256, 512) if d_in % size == 0]
     group_size = draw.choice(sizes)
-    residual_bits, nested = draw.choice((1, 2, 4, 4, 8, 16)), draw.random() < 0.3
+    residual_bits, nested = draw.choice((1, 2, 3, 4, 4, 8, 16)), draw.random() < 0.3
     groups = d_in // draw.choice(sizes) if draw.random() < 0.4 else 1
     k_chunk, n_tb = draw.choice((0, 1, 3, 8, 32, 100, 1024)), draw.choice((1, 2, 8, 16, 100, 300, 5000))
     limits = draw.choice(((None, None), (3.5, 2.0), (1.0, 1.0)))
@@ -139,7 +141,7 @@ def test_dequantize_is_exact(make_base, d_in, d_out, bits):
 
 
 @pytest.mark.parametrize("nested", (False, True))
-@pytest.mark.parametrize("bits", (1, 2, 4, 8, 16))
+@pytest.mark.parametrize("bits", (1, 2, 3, 4, 8, 16))
 def test_residual_dequantize_is_exact(make_residual, bits, nested):
     for d_in, d_out, groups in ((1, 1, 1), (6, 15, 3), (40, 17, 1), (64, 192, 4), (30, 577, 30)):
         residual = make_residual(d_in, d_out, bits, groups, nested)
@@ -174,7 +176,7 @@ def test_selection_is_exact(k_chunk, boundaries):
 
 
 @pytest.mark.parametrize("nested", (False, True))
-@pytest.mark.parametrize("bits", (1, 2, 4, 8, 16))
+@pytest.mark.parametrize("bits", (1, 2, 3, 4, 8, 16))
 def test_residual_gemv(make_residual, bits, nested):
     for d_in, d_out, k, groups in ((1, 1, 1, 1), (63, 15, 8, 1), (576, 192, 60, 9), (2500, 33, 300, 1), (8, 577, 0, 2)):
         residual = make_residual(d_in, d_out, bits, groups, nested)
