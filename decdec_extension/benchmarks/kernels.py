@@ -177,44 +177,61 @@ class Bench:
         layers, size = self.weights(form, bits, d_in, d_out)
         x = torch.randn(self.arguments.batch, d_in, generator=self.generator, device="cuda").half()
         floor = size / self.dram / 1e3
+        scale = torch.ones(1, d_out, device="cuda").half()
         time = time_us([lambda w=w: base(x, *w) for w in layers])
         self.add("base", time, size, floor, layer=layer, form=form, bits=bits)
-        row_bytes = packing.residual_row_bytes(d_out, RESIDUAL_BITS)
-        residuals = arena.pinned_rows([(d_in, row_bytes)] * len(layers)) if self.arguments.k_chunk else []
-        scale = torch.ones(1, d_out, device="cuda").half()
-        for k_chunk in self.arguments.k_chunk:
-            moved = self.arguments.batch * sum(reference.chunk_counts(d_in, k_chunk)) * row_bytes
-            for n_tb in self.arguments.n_tb:
-                time = time_us(
-                    [
-                        lambda w=w, r=r: compensated(
-                            x, *w, None, r, scale, RESIDUAL_BITS, False, k_chunk, n_tb=n_tb, workspace=self.workspace
-                        )
-                        for w, r in zip(layers, residuals)
-                    ]
-                )
-                self.add(
-                    "compensated",
-                    time,
-                    moved,
-                    max(floor, moved / self.link / 1e3),
-                    layer=layer,
-                    form=form,
-                    bits=bits,
-                    k_chunk=k_chunk,
-                    n_tb=n_tb,
-                )
+        for name, bits_of_residual, nested, selection in self.compensations():
+            row_bytes = packing.residual_row_bytes(d_out, bits_of_residual)
+            residuals = arena.pinned_rows([(d_in, row_bytes)] * len(layers)) if self.arguments.k_chunk else []
+            for k_chunk in (k * RESIDUAL_BITS // bits_of_residual for k in self.arguments.k_chunk):
+                moved = self.arguments.batch * sum(reference.chunk_counts(d_in, k_chunk)) * row_bytes
+                limits = self.boundaries(x, k_chunk) if selection == "buckets" else (None, None)
+                for n_tb in self.arguments.n_tb:
+                    time = time_us(
+                        [
+                            lambda w=w, r=r: compensated(
+                                x,
+                                *w,
+                                None,
+                                r,
+                                w[1] if nested and form == "uniform" else scale,
+                                bits_of_residual,
+                                nested,
+                                k_chunk,
+                                *limits,
+                                n_tb=n_tb,
+                                workspace=self.workspace,
+                            )
+                            for w, r in zip(layers, residuals)
+                        ]
+                    )
+                    limit = max(floor, moved / self.link / 1e3)
+                    self.add(name, time, moved, limit, layer=layer, form=form, bits=bits, k_chunk=k_chunk, n_tb=n_tb)
+
+    def compensations(self):
+        """Name, residual bits, whether nested, and selection of every kind of compensation asked for."""
+        yield "compensated", RESIDUAL_BITS, False, "exact"
+        if self.arguments.buckets:
+            yield "compensated by buckets", RESIDUAL_BITS, False, "buckets"
+        for bits in self.arguments.nested:
+            yield f"compensated, nested r{bits}", bits, True, "exact"
+
+    @staticmethod
+    def boundaries(x: torch.Tensor, k_chunk: int) -> tuple[float, float]:
+        """The buckets' b_0 and b_15 as a calibration with these activations would give them."""
+        ranked = x.float().abs().sort(descending=True).values
+        return float(ranked[0, 0]), float(ranked[0, max(k_chunk * x.shape[1] // 1024, 1) - 1])
 
     def table(self) -> str:
         lines = [
             f"{self.device}, {self.sms} SMs",
-            f"{'':28}{'d_in':>6}{'d_out':>7}{'k_chunk':>8}{'n_tb':>5}{'us':>9}{'GB/s':>8}{'limit':>7}",
+            f"{'':36}{'d_in':>6}{'d_out':>7}{'k_chunk':>8}{'n_tb':>5}{'us':>9}{'GB/s':>8}{'limit':>7}",
         ]
         for row in self.rows:
             name = " ".join(str(part) for part in (row.bench, row.format, row.bits and f"w{row.bits}") if part)
             share = "" if row.pct_of_limit is None else f"{row.pct_of_limit:.0f} %"
             lines.append(
-                f"{name:28}{row.d_in or '':>6}{row.d_out or '':>7}{row.k_chunk or '':>8}{row.n_tb or '':>5}"
+                f"{name:36}{row.d_in or '':>6}{row.d_out or '':>7}{row.k_chunk or '':>8}{row.n_tb or '':>5}"
                 f"{row.us:9.2f}{row.gbps:8.0f}{share:>7}"
             )
         return "\n".join(lines)
@@ -230,6 +247,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bits", nargs="+", type=int, choices=(2, 3, 4), default=[3, 4])
     parser.add_argument("--k-chunk", nargs="*", type=int, default=[], help="channels a chunk; none: base GEMVs only")
     parser.add_argument("--n-tb", nargs="+", type=int, default=[8, 16], help="thread blocks given to compensation")
+    parser.add_argument("--buckets", action="store_true", help="time the paper's selection by buckets as well")
+    parser.add_argument(
+        "--nested",
+        nargs="*",
+        type=int,
+        choices=(1, 2, 3, 4),
+        default=[],
+        help="residual bits, nested in the base grid, to time as well; k_chunk grows so that as many bytes are read",
+    )
     parser.add_argument("--batch", type=int, default=1, help="rows of x, 1 to 8")
     parser.add_argument("--sms", type=int, help="run inside a green context of this many SMs")
     parser.add_argument("--json", type=Path, help="append one JSON line a result to this file")
