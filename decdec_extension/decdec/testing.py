@@ -37,12 +37,19 @@ def quick_folder(model, folder: str | Path, form: str = "codebook", bits: int = 
     # Cloned, because safetensors stores no tensor twice: a tied head is left out.
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in tied}
-    residual, scale, largest, mean_square = {}, {}, {}, {}
+    residual, scale, row_scale, largest, mean_square = {}, {}, {}, {}, {}
     for name, linear in linears.items():
         weight = tensors.pop(f"{name}.weight").float()
         packed, rounded = _round(weight, form, bits, group_size)
         tensors |= {f"{name}.{key}": tensor for key, tensor in packed.items()}
-        residual[name], scale[name] = _residual(weight - rounded, residual_bits, packed["scales"] if nested else None)
+        difference = weight - rounded
+        if nested and form == "codebook":  # any sizes of the rows serve, if layers of one input share them
+            row_scale[name] = torch.linspace(0.5, 2, linear.in_features)
+            difference = difference / row_scale[name]
+            steps = 2 * difference.abs().amax(dim=1).half()[None]
+        else:
+            steps = packed["scales"] if nested else None
+        residual[name], scale[name] = _residual(difference, residual_bits, steps)
         largest[name] = torch.linspace(4, 0.01, linear.in_features)
         mean_square[name] = torch.rand(linear.in_features, generator=torch.Generator().manual_seed(len(mean_square)))
     weights_hash = files.tensors_hash(sorted(tensors.items()))
@@ -50,7 +57,7 @@ def quick_folder(model, folder: str | Path, form: str = "codebook", bits: int = 
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     files.write_json(folder / "config.json", model.config.to_dict() | {"quantization_config": quant.to_dict()})
-    sheet = artifacts.Cheatsheet(residual_bits, nested, residual, scale)
+    sheet = artifacts.Cheatsheet(residual_bits, nested, residual, scale, row_scale=row_scale)
     artifacts.save_cheatsheet(folder / artifacts.CHEATSHEET, sheet, quant)
     artifacts.save_thresholds(folder / artifacts.THRESHOLDS, artifacts.Thresholds({}, largest, mean_square), quant)
     return folder
@@ -76,17 +83,17 @@ def _round(weight: Tensor, form: str, bits: int, group_size: int) -> tuple[dict[
             reference.uniform_dequantize(qweight, scales, zeros, d_in, torch.float32))
 
 
-def _residual(residual: Tensor, bits: int, base_scales: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Packed rows and scale of a residual ``(d_out, d_in)``; nested in the base grid if its scales are given."""
+def _residual(residual: Tensor, bits: int, steps: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Packed rows and scale of a residual ``(d_out, d_in)``; nested in ``steps`` ``(groups, d_out)`` if they are given."""
     from decdec import packing
 
     rows = residual.t()
     if bits == 16:
         return packing.pack_residual(rows, 16), None
-    if base_scales is not None:
-        step = base_scales.float().repeat_interleave(len(rows) // len(base_scales), dim=0) / 2**bits
+    if steps is not None:
+        step = steps.float().repeat_interleave(len(rows) // len(steps), dim=0) / 2**bits
         codes = (rows / step).floor().clamp(-(2**(bits - 1)), 2**(bits - 1) - 1)
-        return packing.pack_residual(codes.to(torch.int8), bits), base_scales
+        return packing.pack_residual(codes.to(torch.int8), bits), steps
     top = max(2**(bits - 1) - 1, 1)
     scale = (rows.abs().amax(dim=0, keepdim=True) / top).half()
     codes = (rows / scale.float().clamp(min=1e-8)).round().clamp(-top, top)

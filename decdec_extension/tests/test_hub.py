@@ -103,8 +103,10 @@ def test_fp16_residuals_of_all_channels_restore_the_original(tmp_path):
     assert_close(logits(model), logits(original()), rtol=1e-2, atol=1e-2)
 
 
-def test_nested_residuals_and_half_precision(tmp_path):
-    path = quick_folder(original(), tmp_path / "m", "uniform", nested=True)
+@pytest.mark.parametrize("form", ["uniform", "codebook"])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_nested_residuals_and_half_precision(tmp_path, form, bits):
+    path = quick_folder(original(), tmp_path / "m", form, residual_bits=bits, nested=True)
     want, base = logits(original()), logits(hub.load(path))
     model = hub.load(path, dtype=torch.bfloat16, compensation=Compensation(1024, prefill=True))
     assert (logits(model).float() - want).square().mean() < 0.2 * (base - want).square().mean()

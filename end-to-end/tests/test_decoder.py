@@ -76,10 +76,11 @@ def test_logits_equal_hugging_face(shape):
     assert_close(logits_of_decoder(Decoder(original(shape)), PROMPT, 15), want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape, form", [("llama", "codebook"), ("biases", "uniform"), ("qwen3", "codebook"),
-                                         ("phi3", "uniform")])
-def test_compensated_logits_equal_the_attached_model(tmp_path, shape, form):
-    folder = quick_folder(original(shape), tmp_path / "m", form)
+@pytest.mark.parametrize("shape, form, nested", [("llama", "codebook", None), ("biases", "uniform", None), ("qwen3", "codebook", None),
+                                                 ("phi3", "uniform", None), ("llama", "codebook", 2), ("biases", "codebook", 3),
+                                                 ("llama", "uniform", 2), ("phi3", "uniform", 3)])
+def test_compensated_logits_equal_the_attached_model(tmp_path, shape, form, nested):
+    folder = quick_folder(original(shape), tmp_path / "m", form, residual_bits=nested or 4, nested=bool(nested))
     decoder, seen = Decoder(hub.load(folder)), []
     for k_chunk, prefill in ((0, False), (8, False), (8, True), (1024, False)):
         setting = Compensation(k_chunk, prefill=prefill)

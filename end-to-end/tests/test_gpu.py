@@ -65,10 +65,11 @@ def logits_of_decoder(decoder):
     return torch.stack(rows).cpu()
 
 
+@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("form", ["codebook", "uniform"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_logits_are_as_near_to_exact_ones_as_hugging_face(tmp_path, shape, form):
-    folder = quick_folder(original(shape), tmp_path / "m", form)
+def test_logits_are_as_near_to_exact_ones_as_hugging_face(tmp_path, shape, form, nested):
+    folder = quick_folder(original(shape), tmp_path / "m", form, residual_bits=2 if nested else 4, nested=nested)
     decoder = Decoder(hub.load(folder, torch.float16)).cuda()
     model = hub.load(folder, torch.float16, device="cuda")
     for setting in (Compensation(), Compensation(8, "exact"), Compensation(8), Compensation(1024, prefill=True)):
