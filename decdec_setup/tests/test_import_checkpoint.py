@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +15,11 @@ from decdec import hub, models
 from decdec.artifacts import read_quant_config
 from decdec.errors import UserError
 from decdec.linear import Compensation
-from decdec.testing import refused, run_script
+from decdec.testing import run_script
 
 import import_checkpoint as script
 from cheatsheet import make_cheatsheet
+from describe import describe
 from import_checkpoint import import_checkpoint
 from runtime import Runtime
 from thresholds import make_thresholds
@@ -369,11 +369,11 @@ def test_originals_that_do_not_fit_are_refused(tiny, tmp_path):
 
 def test_the_script(tiny, tmp_path):
     write(tiny, tmp_path / "foreign", lambda name, weight: gptq(name, weight, 4), settings("gptq", 4))
-    command = (script.__file__, tmp_path / "foreign", tmp_path / "out", "--model", tiny)
-    first, second = run_script(*command), run_script(*command)
-    assert json.loads(first.stdout)["wrote"] == str(tmp_path / "out"), first.stderr
-    assert "already holds" in second.stdout
-    described = run_script(Path(script.__file__).with_name("describe.py"), tmp_path / "out")
-    assert "gptq (uniform), 4 bits, groups of 64" in described.stdout, described.stderr
-    assert "import_checkpoint.py foreign FOLDER" in (tmp_path / "out" / "README.md").read_text()
-    assert "model folder or a hub id" in refused(run_script(script.__file__, tmp_path / "nothing", tmp_path / "out"))
+    out = tmp_path / "out"
+    result = run_script(script.__file__, tmp_path / "foreign", out, "--model", tiny)
+    assert json.loads(result.stdout)["wrote"] == str(out), result.stderr
+    assert not import_checkpoint(str(tmp_path / "foreign"), out, str(tiny))  # it is there already
+    assert "gptq (uniform), 4 bits, groups of 64" in describe(out)
+    assert "import_checkpoint.py foreign FOLDER" in (out / "README.md").read_text()
+    with pytest.raises(UserError, match="model folder or a hub id"):
+        import_checkpoint(str(tmp_path / "nothing"), out)
