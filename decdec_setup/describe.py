@@ -58,7 +58,8 @@ def collect(folder: Path, quant: QuantConfig) -> tuple[dict[tuple, Kind], int]:
         kind.device_bytes += sum(sizes.pop(part) for part in parts)
         if sheet:
             kind.host_bytes += sheet.residual[layer].nbytes
-            kind.device_bytes += sheet.scale[layer].nbytes if sheet.scale[layer] is not None else 0
+            own = None if sheet.nested and quant.format == "uniform" else sheet.scale[layer]  # those of the base are counted
+            kind.device_bytes += sum(held.nbytes for held in (own, sheet.row_scale.get(layer)) if held is not None)
             weight, residual, left = sheet.norms.get(layer, (0.0, 0.0, 0.0))
             kind.weight, kind.residual, kind.left = kind.weight + weight**2, kind.residual + residual**2, kind.left + left**2
         if seen and layer in seen.row_energy:
