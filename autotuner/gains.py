@@ -5,7 +5,8 @@ Two sources, the better one first:
 * ``gains.safetensors``, written into the model folder by measure_gains.py from gradients of the loss. In nats per
   token.
 * ``thresholds.pt`` alone: fetching channel c removes about ``x_c^2 |R_c|^2`` of a layer's squared output error (errors
-  of different channels taken as independent), which is estimated from the largest |x| at each rank. As a fraction of the layer's squared output; layers count alike.
+  of different channels taken as independent), which is estimated from the largest |x| at each rank. As a
+  fraction of the layer's squared output; layers count alike.
 """
 
 from collections.abc import Iterable

@@ -12,8 +12,8 @@ import numpy as np
 from phases import Setting, Times
 
 # Fronts longer than this over the number of types are thinned to the best setting in each of so many steps of the time
-# that may be added. Four types stay below it, and so are solved exactly; with one a block, 120 of them, a decision takes
-# a second and removes 0.1 % less than with fronts four times as long.
+# that may be added. Four types stay below it, and so are solved exactly; with one a block, 120 of them, a decision
+# takes a second and removes 0.1 % less than with fronts four times as long.
 FRONTS = 60_000
 
 
@@ -58,7 +58,7 @@ def tune(times: Times, gains: Mapping[Hashable, Sequence[float]], budget: float,
 
 
 def _front(time: np.ndarray, gain: np.ndarray, room: float, longest: int) -> np.ndarray:
-    """Indices of the Pareto front within ``room``, by rising time and strictly rising gain, about ``longest`` at most."""
+    """Indices of the Pareto front within ``room``, by rising time and strictly rising gain, at most ``longest``."""
     inside = np.flatnonzero(time <= room)
     order = inside[np.lexsort((-gain[inside], time[inside]))]
     rising = gain[order] > np.concatenate([[-np.inf], np.maximum.accumulate(gain[order])[:-1]])

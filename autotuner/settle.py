@@ -55,8 +55,8 @@ def settle_token(timings: Timings, profiler: Profiler | None, decision: Decision
     """Choose for an end-to-end ``target`` and have a runtime measure it (``token_percent``), until the choice keeps the
     target and the runtime agrees with the prediction within ``AGREE`` points.
 
-    In a runtime kernels overlap, so that a token's slow-down is not the sum of theirs. The ratio of the two, as the last
-    measurement showed it, is part of the next prediction.
+    In a runtime kernels overlap, so that a token's slow-down is not the sum of theirs. The ratio of the two, as the
+    last measurement showed it, is part of the next prediction.
     """
     ratio = 1.0
     best = None

@@ -86,8 +86,8 @@ def rest_us(arguments: argparse.Namespace, token_ms: float | None, shapes: Shape
             return shapes.head_bytes / (session.rates.dram_gb_s * 1e3)
         if arguments.scope == "kernel":
             return 0.0
-        raise UserError("token-ms: an end-to-end target needs a runtime that measures it (--timer), or the milliseconds "
-                        "of a token without compensation (generate.py --k-chunk 0 prints tokens a second)")
+        raise UserError("token-ms: an end-to-end target needs a runtime that measures it (--timer), or the "
+                        "milliseconds of a token without compensation (generate.py --k-chunk 0 prints tokens a second)")
     rest = 1e3 * token_ms - base_us
     if rest < 0:
         raise UserError(f"token-ms: the linear layers alone take {base_us / 1e3:.2f} ms a token, got {token_ms:g}")
@@ -123,8 +123,8 @@ def main() -> None:
         raise UserError("out: random weights have no folder; say where the plan goes")
 
     if arguments.each_block and (arguments.model is None or arguments.objective == "paper"):
-        raise UserError("each-block: blocks differ only in what their calibration data say: it needs a folder, and goes "
-                        "with --objective quality")
+        raise UserError("each-block: blocks differ only in what their calibration data say: it needs a folder, and "
+                        "goes with --objective quality")
 
     shapes, rows = sessions.model_shapes(arguments, arguments.each_block), read_profile(arguments.profile)
     gains = None

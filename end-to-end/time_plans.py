@@ -1,5 +1,7 @@
-"""Times plans of the autotuner on this runtime: for each line of JSON {"plan": FILE, "target": PERCENT} read from stdin it
-prints one with "ms" a token under that plan and "base_ms" without compensation, measured one after the other; for {} the latter alone.
+"""Times plans of the autotuner on this runtime.
+
+For each line of JSON {"plan": FILE, "target": PERCENT} read from stdin it prints one with "ms" a token under that plan
+and "base_ms" without compensation, measured one after the other; for {} the latter alone.
 
 The model is loaded once. autotuner/tuner.py --timer runs this to meet end-to-end targets.
 """
@@ -52,7 +54,8 @@ def timed(stepper: Stepper, arguments: argparse.Namespace, line: str) -> dict:
         wanted = json.loads(line)
         plan, target = wanted.get("plan"), wanted.get("target")
     except (json.JSONDecodeError, AttributeError):
-        raise UserError(f'stdin: expected lines such as {{"plan": "plan.json", "target": 5}}, got {line.strip()!r}') from None
+        raise UserError('stdin: expected lines such as {"plan": "plan.json", "target": 5}, '
+                        f"got {line.strip()!r}") from None
     settings = {"base_ms": lambda: hub.set_compensation(stepper.decoder, Compensation())}
     if plan is not None:
         plan = load_plan(plan)

@@ -160,7 +160,8 @@ def test_the_whole_stage_on_a_folder_and_its_plan_is_refused_elsewhere(call, fol
 
 def test_each_block_by_itself(call, folder, tmp_path):
     """Blocks whose channels are worth more get more; the plan reaches each block's layers."""
-    gains = {name: torch.linspace(0, 1, 1025) * (1 if ".0." in name else 100) for name in hub.compensated_layers(hub.load(folder))}
+    gains = {name: torch.linspace(0, 1, 1025) * (1 if ".0." in name else 100)
+             for name in hub.compensated_layers(hub.load(folder))}
     save_file(gains, tmp_path / GAINS, {"weights_hash": read_quant_config(folder).weights_hash})
     for file in ("config.json", "model.safetensors", "cheatsheet.pt", "thresholds.pt"):
         (tmp_path / file).symlink_to(folder / file)
