@@ -9,7 +9,6 @@ import argparse
 import logging
 import tempfile
 import time
-from pathlib import Path
 
 import lm_eval
 from decdec_lm import DecDECLM
