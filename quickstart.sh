@@ -54,7 +54,7 @@ install
 export PYTHON=$venv/bin/python
 
 # The model: a folder that the stages can read.
-export TEXT=${TEXT:-pydoc} K_CHUNKS="0 8 16 32 128"
+export TEXT=${TEXT:-pydoc} K_CHUNKS="0 8 16 32 64 128"
 if [ $tiny = yes ]; then
     original=$models/tiny
     [ -f "$original/config.json" ] || "$PYTHON" -m decdec.tiny "$original"
