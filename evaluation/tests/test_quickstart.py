@@ -22,7 +22,7 @@ def test_tiny_quick_start_from_nothing_and_again(tmp_path):
     settings = {(row["method"], row["residual_bits"], row["nested"], row["k_chunk"]) for row in rows}
     assert settings == {("original", None, None, 0)} | {
         (method, *rest) for method in ("squeezellm", "awq")
-        for rest in ((None, None, 0), (4, False, 8), (4, False, 32), *((2, True, k) for k in (8, 16, 32, 128)))}
+        for rest in ((None, None, 0), (4, False, 8), (4, False, 32), *((2, True, k) for k in (8, 16, 32, 64, 128)))}
     for name in ("tiny-squeezellm-w3/cheatsheet.pt", "tiny-awq-w3/thresholds.pt", "tiny-quickstart.pdf", "tiny-quickstart.png"):
         assert (tmp_path / name).stat().st_size > 0
     assert "2 bits nested" in result.stdout and "-- SqueezeLLM, 3 bits, k_chunk 32" in result.stdout
