@@ -20,6 +20,7 @@ from torch import Tensor
 from decdec import artifacts
 from decdec.artifacts import QuantConfig, Thresholds
 from decdec.errors import UserError
+from decdec.files import open_safetensors
 from decdec.models import block_of, layer_kind
 from decdec.reference import CHUNK, chunk_counts
 
@@ -79,12 +80,9 @@ def config_of(path: Path) -> str | None:
 
 
 def _measured(path: Path, quant: QuantConfig) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            weights_hash = (file.metadata() or {}).get("weights_hash")
-            gains = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: expected a safetensors file, got one that cannot be read ({error})") from None
+    with open_safetensors(path) as file:
+        weights_hash = (file.metadata() or {}).get("weights_hash")
+        gains = {name: file.get_tensor(name) for name in file.keys()}
     if weights_hash != quant.weights_hash:
         raise UserError(f"{path}: measured for weights {weights_hash}, but the folder's are {quant.weights_hash}; "
                         "run measure_gains.py again")

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from decdec.errors import UserError
-from decdec.files import read_json
+from decdec.files import safetensors_names
 from decdec.models import compute_buffers, decoder_blocks, decoder_linears, load_model
 
 
@@ -67,10 +67,6 @@ class BaseModel:
         """The decoder's linear layers by name, for their shapes: their weights may be on the meta device."""
         return dict(decoder_linears(self.model))
 
-    def block_of(self, name: str) -> int:
-        """The index of the block that holds the layer ``name``."""
-        return int(name[len(self.prefix) + 1:].partition(".")[0])
-
     def tensor(self, name: str) -> Tensor:
         """The stored tensor ``name``, on the CPU."""
         if self._state is not None:
@@ -98,14 +94,11 @@ class BaseModel:
         return kept
 
     def _open(self) -> None:
-        index = self.folder / "model.safetensors.index.json"
-        names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-        for name in names:
-            if (self.folder / name).is_file() or index.is_file():
-                with safe_open(self.folder / name, framework="pt") as file:
-                    for key in file.keys():
-                        part = file.get_slice(key)
-                        self._stored[key] = _Stored(self.folder / name, tuple(part.get_shape()), part.get_dtype())
+        for name in safetensors_names(self.folder):
+            with safe_open(self.folder / name, framework="pt") as file:
+                for key in file.keys():
+                    part = file.get_slice(key)
+                    self._stored[key] = _Stored(self.folder / name, tuple(part.get_shape()), part.get_dtype())
 
     def _skeleton(self) -> nn.Module:
         from transformers import AutoConfig, AutoModelForCausalLM

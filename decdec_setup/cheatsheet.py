@@ -19,7 +19,7 @@ from decdec import reference
 from decdec.artifacts import CHEATSHEET, Cheatsheet, QuantConfig, load_cheatsheet, read_quant_config, save_cheatsheet
 from decdec.errors import UserError, run
 from decdec.files import tensors_hash
-from decdec.models import decoder_blocks, decoder_linears, layer_kind, load_model, original_of
+from decdec.models import block_of, decoder_blocks, decoder_linears, layer_kind, load_model, original_of
 from decdec.original import save_original_cheatsheet
 from decdec.residual import NESTED_BITS, PAPER_BITS, pack_layer, row_scale_of
 
@@ -93,7 +93,7 @@ def _packed_layers(folder: Path, base: BaseModel, nested: bool, device: str) -> 
     shapes = {name: module.weight.shape for name, module in base.linears().items() if name not in quantized.quant.dense}
     sharing = defaultdict(list)  # the layers that read one input
     for name in shapes:
-        sharing[base.block_of(name), layer_kind(name)].append(name)
+        sharing[block_of(name), layer_kind(name)].append(name)
 
     def weights(name: str) -> tuple[Tensor, Tensor]:
         original = scaled_state(f"{name}.weight", base.tensor(f"{name}.weight").to(device), scaling).float()
@@ -106,7 +106,7 @@ def _packed_layers(folder: Path, base: BaseModel, nested: bool, device: str) -> 
     def load(name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         uniform = quantized.quant.format == "uniform"
         return (*weights(name), quantized.parts(name, device)[1] if nested and uniform else None,
-                row_scale(base.block_of(name), layer_kind(name)) if nested and not uniform else None)
+                row_scale(block_of(name), layer_kind(name)) if nested and not uniform else None)
 
     for name in shapes:
         yield name, lambda name=name: load(name)

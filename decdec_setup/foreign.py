@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from decdec.errors import UserError
-from decdec.files import read_json
+from decdec.files import open_safetensors, read_json, safetensors_names
 
 from foreign_formats import FORMATS, ForeignLayer, check_settings
 
@@ -75,19 +75,13 @@ class ForeignFolder:
         return part == "inv_freq" or (part == "bias" and layer in self.layers and not bool(self[name].any()))
 
     def _open(self) -> dict[str, safe_open]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            paths = [self.folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-        else:  # AutoGPTQ and others call their one file as they like
-            paths = sorted(self.folder.glob("*.safetensors"))
-        if not paths:
+        # AutoGPTQ and others call their one file as they like.
+        names = safetensors_names(self.folder) or sorted(path.name for path in self.folder.glob("*.safetensors"))
+        if not names:
             raise UserError(f"{self.folder}: expected safetensors files, got none")
         files = {}
-        for path in paths:
-            try:
-                file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: expected a safetensors file, got one that cannot be read ({error})") from None
+        for name in names:
+            file = open_safetensors(self.folder / name)
             files |= dict.fromkeys(file.keys(), file)
         return files
 

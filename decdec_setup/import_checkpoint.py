@@ -20,7 +20,7 @@ from tqdm import tqdm
 from decdec.artifacts import QuantConfig
 from decdec.errors import UserError, run
 from decdec.files import config_hash, read_json, tensors_hash, write_json
-from decdec.models import decoder_blocks
+from decdec.models import block_of, decoder_blocks
 from decdec.packing import BASE_BITS, pack_codes
 
 from base_model import BaseModel
@@ -159,7 +159,7 @@ def _compare(folder: ForeignFolder, base: BaseModel, index: int, weights: dict[s
         if name not in linears or linears[name].weight.shape != weight.shape:
             raise UserError(f"model: {base.folder}: expected a layer {name} of {tuple(weight.shape)} as in "
                             f"{folder.folder}; give the model that was quantized")
-    every = {name: weights.get(name, rest.get(f"{name}.weight")) for name in linears if base.block_of(name) == index}
+    every = {name: weights.get(name, rest.get(f"{name}.weight")) for name in linears if block_of(name) == index}
     scaling = find_scaling(base, index, rest, every)
     for name, weight in weights.items():
         original = scaled_state(f"{name}.weight", base.tensor(f"{name}.weight"), scaling).float()

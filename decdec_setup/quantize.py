@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from decdec.artifacts import QuantConfig
 from decdec.errors import UserError, run
-from decdec.models import load_tokenizer
+from decdec.models import block_of, load_tokenizer
 from decdec.packing import BASE_BITS
 from decdec.text import calibration_samples, load_text
 
@@ -77,7 +77,7 @@ def quantize(source: str, method: str, bits: float, out: str, group_size: int | 
     block_bits = identity.get("block_bits", [bits] * count)
     if len(block_bits) != count:
         raise UserError(f"bit-map: {bit_map} is of a model of {len(block_bits)} blocks, this one has {count}")
-    layer_bits = {name: b for name in base.linears() if (b := block_bits[base.block_of(name)]) != min(block_bits)}
+    layer_bits = {name: b for name in base.linears() if (b := block_bits[block_of(name)]) != min(block_bits)}
     config = QuantConfig(method=method, format="codebook" if method == "squeezellm" else "uniform", bits=min(block_bits),
                          group_size=group_size, weights_hash="",
                          base_model=os.path.relpath(source_folder, out) if Path(source).is_dir() else source,
@@ -112,7 +112,7 @@ def _rtn_blocks(base: BaseModel, bits: Sequence[int], group_size: int, todo: set
     for index in tqdm(sorted(todo), desc="RTN", unit="block"):
         tensors = {}
         for name in base.linears():
-            if base.block_of(name) == index:
+            if block_of(name) == index:
                 tensors |= pack_uniform(name, base.tensor(f"{name}.weight").float(), bits[index], group_size)
         yield index, tensors
 

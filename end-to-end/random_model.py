@@ -8,7 +8,7 @@ from decdec import hub, packing
 from decdec.artifacts import QuantConfig
 from decdec.errors import UserError
 from decdec.linear import CompensatedLinear
-from decdec.models import compute_buffers, decoder_linears
+from decdec.models import block_of, compute_buffers, decoder_linears
 from decdec.placement import place_residuals
 from decdec.sizes import HEAD_DIM, NAMED, bits_of_blocks
 from decoder import Decoder
@@ -35,10 +35,10 @@ def random_model(config: LlamaConfig, bits: float, form: str, dtype: torch.dtype
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     block_bits = bits_of_blocks(bits, config.num_hidden_layers)
     for name, linear in decoder_linears(model).items():
-        block = int(name.split(".layers.")[1].split(".")[0])
-        quant = QuantConfig("random", form, block_bits[block], GROUP_SIZE if form == "uniform" else None, "", "")
+        of_block = block_bits[block_of(name)]
+        quant = QuantConfig("random", form, of_block, GROUP_SIZE if form == "uniform" else None, "", "")
         empty = hub.empty_packed(name, linear.out_features, linear.in_features, quant)
-        packed = {key: _random_packed(key, tensor, block_bits[block], device) for key, tensor in empty.items()}
+        packed = {key: _random_packed(key, tensor, of_block, device) for key, tensor in empty.items()}
         hub.replace(model, name, CompensatedLinear(name, linear.in_features, packed))
     compute_buffers(model)
     for name, parameter in list(model.named_parameters()):

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from decdec.errors import UserError
@@ -61,6 +62,22 @@ def read_json(path: str | Path) -> dict:
         raise UserError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: expected JSON, got {error}") from None
+
+
+def safetensors_names(folder: Path) -> list[str]:
+    """The safetensors files of a Hugging Face folder: those of its index, or else ``model.safetensors`` if it is there."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted(set(read_json(index)["weight_map"].values()))
+    return ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
+
+
+def open_safetensors(path: Path) -> safe_open:
+    """An open safetensors file, whose tensors are read one by one; a UserError if it cannot be read."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: expected a safetensors file, got one that cannot be read ({error})") from None
 
 
 def append_row(path: str | Path, *rows: dict) -> None:

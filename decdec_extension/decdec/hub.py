@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from decdec import artifacts, packing, plan
 from decdec.artifacts import QuantConfig
 from decdec.errors import UserError
-from decdec.files import read_json
+from decdec.files import open_safetensors, safetensors_names
 from decdec.linear import Compensation, CompensatedLinear, concatenate_residuals
 from decdec.models import KINDS, OTHER, compute_buffers, decoder_linears
 from decdec.placement import place_residuals
@@ -146,17 +145,11 @@ class _Tensors:
 
     def __init__(self, folder: Path, stack: ExitStack):
         self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
         self.file_of = {}
-        for name in names:
-            try:
-                file = stack.enter_context(safe_open(folder / name, framework="pt"))
-            except FileNotFoundError:
-                raise UserError(f"{folder / name}: no such file; decdec_setup/quantize.py writes it") from None
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{folder / name}: expected a safetensors file, got one that cannot be read "
-                                f"({error})") from None
+        for name in safetensors_names(folder) or ["model.safetensors"]:
+            if not (folder / name).is_file():
+                raise UserError(f"{folder / name}: no such file; decdec_setup/quantize.py writes it")
+            file = stack.enter_context(open_safetensors(folder / name))
             self.file_of |= dict.fromkeys(file.keys(), file)
         self.unread = set(self.file_of)
 

@@ -274,6 +274,12 @@ def concatenate_residuals(residuals: Sequence[Tensor], widths: Sequence[int], bi
     return packing.pack_residual(torch.cat(codes, dim=1), bits)
 
 
+def _share(layers: Sequence[CompensatedLinear], what: str) -> bool:
+    """Whether ``layers`` have the same tensor ``what``, or none of them has one."""
+    first, *others = (getattr(layer, what) for layer in layers)
+    return all((other is None) == (first is None) and (first is None or torch.equal(other, first)) for other in others)
+
+
 def fuse(layers: Sequence[CompensatedLinear], name: str) -> CompensatedLinear:
     """One layer with the outputs of ``layers``, which share their input (q/k/v, gate/up), in their order."""
     first = layers[0]
@@ -293,8 +299,7 @@ def fuse(layers: Sequence[CompensatedLinear], name: str) -> CompensatedLinear:
         if len({layer.scales.shape[0] for layer in layers}) > 1:
             raise UserError(f"{name}: cannot fuse layers of different group sizes")
         packed |= {key: torch.cat([getattr(layer, key) for layer in layers], dim=1) for key in ("scales", "zeros")}
-    if any((layer.order is None) != (first.order is None) or
-           (first.order is not None and not torch.equal(layer.order, first.order)) for layer in layers):
+    if not _share(layers, "order"):
         raise UserError(f"{name}: cannot fuse layers that take their inputs in different orders")
     if first.order is not None:
         packed["order"] = first.order
@@ -308,8 +313,7 @@ def fuse(layers: Sequence[CompensatedLinear], name: str) -> CompensatedLinear:
     if first.residual is not None:
         scale = None if first.residual_scale is None else torch.cat([layer.residual_scale for layer in layers], dim=1)
         rows = concatenate_residuals([layer.residual for layer in layers], widths, first.residual_bits)
-        if any((layer.row_scale is None) != (first.row_scale is None) or
-               (first.row_scale is not None and not torch.equal(layer.row_scale, first.row_scale)) for layer in layers):
+        if not _share(layers, "row_scale"):
             raise UserError(f"{name}: cannot fuse layers whose residuals have different row scales; make the cheatsheet anew")
         fused.set_residual(rows, scale, first.residual_bits, first.nested, first.row_scale)
     if first.thresholds is not None:  # one input, so one calibration

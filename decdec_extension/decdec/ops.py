@@ -98,7 +98,7 @@ def codebook_gemv_compensated(x: Tensor, qweight: Tensor, codebook: Tensor, scal
     (:func:`workspace_bytes`) is all zero between calls; calls that may overlap need one each. Deterministic.
     """
     return _ops.codebook_gemv_compensated(x.contiguous(), qweight, codebook, scale, bias, residual, residual_scale,
-                                         residual_bits, nested, k_chunk, b_0, b_15, center, n_tb, workspace,
+                                          residual_bits, nested, k_chunk, b_0, b_15, center, n_tb, workspace,
                                           norm, norm_eps)
 
 
@@ -110,7 +110,7 @@ def uniform_gemv_compensated(x: Tensor, qweight: Tensor, scales: Tensor, zeros: 
     """Compensated GEMV of group-wise uniform weights; see :func:`codebook_gemv_compensated`."""
     return _ops.uniform_gemv_compensated(x.contiguous(), qweight, scales, zeros, bias, residual, residual_scale,
                                          residual_bits, nested, k_chunk, b_0, b_15, center, n_tb, workspace,
-                                          norm, norm_eps)
+                                         norm, norm_eps)
 
 
 def _fake(name):
