@@ -187,6 +187,10 @@ inline void check_residual(const char* op, const Tensor& residual, const std::op
   check_tensor(op, "residual_scale", *residual_scale, ScalarType::Half, {groups, d_out}, like);
 }
 
+inline void check_row_scale(const char* op, const std::optional<Tensor>& row_scale, const Tensor& x) {
+  if (row_scale) check_tensor(op, "row_scale", *row_scale, ScalarType::Float, {x.size(1)}, x);
+}
+
 inline void check_center(const char* op, const std::optional<Tensor>& center, const Tensor& x) {
   if (center) check_tensor(op, "center", *center, ScalarType::Float, {x.size(1)}, x);
 }

@@ -19,12 +19,14 @@ struct CompensationArguments {
   const std::optional<Tensor>& center;
   int64_t n_tb;
   const std::optional<Tensor>& workspace;
+  const std::optional<Tensor>& row_scale;
 
   // For a (d_out, d_in) matrix and x.
   void check(const char* op, int64_t d_in, int64_t d_out, const Tensor& x) const {
     check_residual(op, residual, residual_scale, residual_bits, d_in, d_out, x);
     check_selection(op, x, k_chunk, b_0, b_15, center);
     check_n_tb(op, n_tb);
+    check_row_scale(op, row_scale, x);
   }
 };
 

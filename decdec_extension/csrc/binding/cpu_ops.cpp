@@ -92,8 +92,10 @@ void select_all(const float* x, int64_t batch, int64_t d_in, int64_t k_chunk, co
   });
 }
 
-// The non-negative ones of (batch, k) indices with the activations there.
-cpu::Selected gather(const float* x, int64_t batch, int64_t d_in, const int32_t* indices, int64_t k) {
+// The non-negative ones of (batch, k) indices with what the residual's rows there are multiplied with.
+cpu::Selected gather(const float* x, int64_t batch, int64_t d_in, const int32_t* indices, int64_t k,
+                     const OptionalTensor& row_scale) {
+  const float* factor = row_scale ? data<float>(*row_scale) : nullptr;
   cpu::Selected selected;
   selected.indices.reserve(batch * k);
   selected.values.reserve(batch * k);
@@ -103,7 +105,7 @@ cpu::Selected gather(const float* x, int64_t batch, int64_t d_in, const int32_t*
       const int32_t index = indices[row * k + i];
       if (index < 0) continue;
       selected.indices.push_back(index);
-      selected.values.push_back(x[row * d_in + index]);
+      selected.values.push_back(x[row * d_in + index] * (factor ? factor[index] : 1.0f));
     }
     selected.begin.push_back(static_cast<int64_t>(selected.indices.size()));
   }
@@ -145,7 +147,7 @@ Tensor multiply_compensated(const char* op, const Tensor& x, const cpu::BaseWeig
   const int64_t k = selected_channels(base.d_in, c.k_chunk);
   std::vector<int32_t> indices(x.size(0) * k);
   select_all(floats.data(), x.size(0), base.d_in, c.k_chunk, c.b_0, c.b_15, indices.data());
-  const cpu::Selected selected = gather(floats.data(), x.size(0), base.d_in, indices.data(), k);
+  const cpu::Selected selected = gather(floats.data(), x.size(0), base.d_in, indices.data(), k, c.row_scale);
   return multiply(x, &base, bias, &residual, &selected, base.d_out);
 }
 
@@ -243,19 +245,20 @@ Tensor select_channels(const Tensor& x, int64_t k_chunk, const std::optional<dou
 
 Tensor residual_gemv(const Tensor& x, const Tensor& indices, const Tensor& residual,
                      const OptionalTensor& residual_scale, int64_t residual_bits, bool nested, int64_t d_out,
-                     const OptionalTensor& center) {
+                     const OptionalTensor& center, const OptionalTensor& row_scale) {
   const char* op = "residual_gemv";
   check_x(op, x);
   check_residual(op, residual, residual_scale, residual_bits, x.size(1), d_out, x);
   check_indices(op, indices, x);
   check_center(op, center, x);
+  check_row_scale(op, row_scale, x);
   const int32_t* index = data<int32_t>(indices);
   for (int64_t i = 0; i < indices.numel(); ++i) {
     if (index[i] >= x.size(1)) fail(op, "indices", "values below d_in = " + std::to_string(x.size(1)), index[i]);
   }
   const cpu::Residual packed = packed_residual(residual, residual_scale, residual_bits, nested, d_out);
   const cpu::Selected selected =
-      gather(float_activations(x, center).data(), x.size(0), x.size(1), index, indices.size(1));
+      gather(float_activations(x, center).data(), x.size(0), x.size(1), index, indices.size(1), row_scale);
   return multiply(x, nullptr, std::nullopt, &packed, &selected, d_out);
 }
 
@@ -264,14 +267,15 @@ Tensor codebook_gemv_compensated(const Tensor& x, const Tensor& qweight, const T
                                  const OptionalTensor& residual_scale, int64_t residual_bits, bool nested,
                                  int64_t k_chunk, const std::optional<double>& b_0, const std::optional<double>& b_15,
                                  const OptionalTensor& center, int64_t n_tb,
-                                 const OptionalTensor& workspace, const OptionalTensor& norm, double) {
+                                 const OptionalTensor& workspace, const OptionalTensor& norm, double,
+                                 const OptionalTensor& row_scale) {
   const char* op = "codebook_gemv_compensated";
   check_no_norm(op, norm);
   check_x(op, x);
   check_codebook(op, qweight, codebook, scale, x.size(1), x);
   return multiply_compensated(op, x, codebook_weights(qweight, codebook, scale, x.size(1)), bias,
                               {residual, residual_scale, residual_bits, nested, k_chunk, b_0, b_15, center, n_tb,
-                               workspace});
+                               workspace, row_scale});
 }
 
 Tensor uniform_gemv_compensated(const Tensor& x, const Tensor& qweight, const Tensor& scales, const Tensor& zeros,
@@ -279,14 +283,15 @@ Tensor uniform_gemv_compensated(const Tensor& x, const Tensor& qweight, const Te
                                 const OptionalTensor& residual_scale, int64_t residual_bits, bool nested,
                                 int64_t k_chunk, const std::optional<double>& b_0, const std::optional<double>& b_15,
                                 const OptionalTensor& center, int64_t n_tb,
-                                const OptionalTensor& workspace, const OptionalTensor& norm, double) {
+                                const OptionalTensor& workspace, const OptionalTensor& norm, double,
+                                const OptionalTensor& row_scale) {
   const char* op = "uniform_gemv_compensated";
   check_no_norm(op, norm);
   check_x(op, x);
   check_uniform(op, qweight, scales, zeros, x.size(1), x);
   return multiply_compensated(op, x, uniform_weights(qweight, scales, zeros, x.size(1)), bias,
                               {residual, residual_scale, residual_bits, nested, k_chunk, b_0, b_15, center, n_tb,
-                               workspace});
+                               workspace, row_scale});
 }
 
 }  // namespace decdec

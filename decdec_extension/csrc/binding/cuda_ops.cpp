@@ -53,7 +53,8 @@ Weights uniform_weights(const Tensor& qweight, const Tensor& scales, const Tenso
   return w;
 }
 
-void set_residual(Compensation& c, const Tensor& residual, const OptionalTensor& scale, int64_t bits, bool nested) {
+void set_residual(Compensation& c, const Tensor& residual, const OptionalTensor& scale, int64_t bits, bool nested,
+                  const OptionalTensor& row_scale) {
   c.residual = data<uint8_t>(residual);
   c.residual_scale = data<uint16_t>(scale);
   c.row_bytes = residual.size(1);
@@ -61,6 +62,7 @@ void set_residual(Compensation& c, const Tensor& residual, const OptionalTensor&
   c.groups = scale ? static_cast<int>(scale->size(0)) : 1;
   c.group_size = static_cast<int>(residual.size(0)) / c.groups;
   c.nested = nested && bits != 16;
+  c.row_scale = data<float>(row_scale);
 }
 
 // Floors of the paper's 32 buckets, as decdec/reference.py has them.
@@ -133,7 +135,7 @@ Tensor multiply_compensated(const char* op, const Tensor& x, Format format, int6
   OptionalTensor own;
   if (a.k_chunk > 0 && x.size(0) > 0) {
     Compensation& c = p.compensation;
-    set_residual(c, a.residual, a.residual_scale, a.residual_bits, a.nested);
+    set_residual(c, a.residual, a.residual_scale, a.residual_bits, a.nested, a.row_scale);
     set_selection(c, weights.d_in, a.k_chunk, a.b_0, a.b_15, a.center);
     if (!a.workspace) {
       own = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
@@ -179,7 +181,7 @@ Tensor residual_dequantize(const Tensor& residual, const OptionalTensor& residua
   const OnDevice device(residual);
   Tensor out = torch::stable::new_empty(residual, {residual.size(0), d_out}, dtype);
   Compensation c{};
-  set_residual(c, residual, residual_scale, residual_bits, nested);
+  set_residual(c, residual, residual_scale, residual_bits, nested, std::nullopt);
   cuda::launch_residual_dequantize(c, static_cast<int>(residual.size(0)), static_cast<int>(d_out), out.data_ptr(),
                                    dtype_of(dtype), device.stream);
   return out;
@@ -221,16 +223,17 @@ Tensor select_channels(const Tensor& x, int64_t k_chunk, const std::optional<dou
 
 Tensor residual_gemv(const Tensor& x, const Tensor& indices, const Tensor& residual,
                      const OptionalTensor& residual_scale, int64_t residual_bits, bool nested, int64_t d_out,
-                     const OptionalTensor& center) {
+                     const OptionalTensor& center, const OptionalTensor& row_scale) {
   const char* op = "residual_gemv";
   check_cuda_x(op, x);
   check_residual(op, residual, residual_scale, residual_bits, x.size(1), d_out, x);
   check_indices(op, indices, x);
   check_center(op, center, x);
+  check_row_scale(op, row_scale, x);
   const OnDevice device(x);
   Tensor out = empty_like_x(x, d_out);
   Compensation c{};
-  set_residual(c, residual, residual_scale, residual_bits, nested);
+  set_residual(c, residual, residual_scale, residual_bits, nested, row_scale);
   c.center = data<float>(center);
   c.selected = static_cast<int>(indices.size(1));
   if (out.numel() > 0) {
@@ -246,13 +249,13 @@ Tensor codebook_gemv_compensated(const Tensor& x, const Tensor& qweight, const T
                                  const OptionalTensor& residual_scale, int64_t residual_bits, bool nested,
                                  int64_t k_chunk, const std::optional<double>& b_0, const std::optional<double>& b_15,
                                  const OptionalTensor& center, int64_t n_tb, const OptionalTensor& workspace,
-                                 const OptionalTensor& norm, double norm_eps) {
+                                 const OptionalTensor& norm, double norm_eps, const OptionalTensor& row_scale) {
   const char* op = "codebook_gemv_compensated";
   check_cuda_x(op, x);
   check_codebook(op, qweight, codebook, scale, x.size(1), x);
   return multiply_compensated(
       op, x, Format::kCodebook, qweight.size(2), codebook_weights(qweight, codebook, scale, x.size(1)), bias,
-      {residual, residual_scale, residual_bits, nested, k_chunk, b_0, b_15, center, n_tb, workspace},
+      {residual, residual_scale, residual_bits, nested, k_chunk, b_0, b_15, center, n_tb, workspace, row_scale},
       {norm, norm_eps});
 }
 
@@ -261,13 +264,13 @@ Tensor uniform_gemv_compensated(const Tensor& x, const Tensor& qweight, const Te
                                 const OptionalTensor& residual_scale, int64_t residual_bits, bool nested,
                                 int64_t k_chunk, const std::optional<double>& b_0, const std::optional<double>& b_15,
                                 const OptionalTensor& center, int64_t n_tb, const OptionalTensor& workspace,
-                                 const OptionalTensor& norm, double norm_eps) {
+                                const OptionalTensor& norm, double norm_eps, const OptionalTensor& row_scale) {
   const char* op = "uniform_gemv_compensated";
   check_cuda_x(op, x);
   check_uniform(op, qweight, scales, zeros, x.size(1), x);
   return multiply_compensated(
       op, x, Format::kUniform, qweight.size(2), uniform_weights(qweight, scales, zeros, x.size(1)), bias,
-      {residual, residual_scale, residual_bits, nested, k_chunk, b_0, b_15, center, n_tb, workspace},
+      {residual, residual_scale, residual_bits, nested, k_chunk, b_0, b_15, center, n_tb, workspace, row_scale},
       {norm, norm_eps});
 }
 

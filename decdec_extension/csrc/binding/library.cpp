@@ -40,18 +40,18 @@ STABLE_TORCH_LIBRARY(decdec, m) {
       "select_channels(Tensor x, int k_chunk, float? b_0=None, float? b_15=None, Tensor? center=None) -> Tensor");
   m.def(
       "residual_gemv(Tensor x, Tensor indices, Tensor residual, Tensor? residual_scale, int residual_bits, "
-      "bool nested, int d_out, Tensor? center=None) -> Tensor");
+      "bool nested, int d_out, Tensor? center=None, Tensor? row_scale=None) -> Tensor");
 
   m.def(
       "codebook_gemv_compensated(Tensor x, Tensor qweight, Tensor codebook, Tensor scale, Tensor? bias, "
       "Tensor residual, Tensor? residual_scale, int residual_bits, bool nested, int k_chunk, float? b_0=None, "
       "float? b_15=None, Tensor? center=None, int n_tb=8, Tensor? workspace=None, Tensor? norm=None, "
-      "float norm_eps=0) -> Tensor");
+      "float norm_eps=0, Tensor? row_scale=None) -> Tensor");
   m.def(
       "uniform_gemv_compensated(Tensor x, Tensor qweight, Tensor scales, Tensor zeros, Tensor? bias, "
       "Tensor residual, Tensor? residual_scale, int residual_bits, bool nested, int k_chunk, float? b_0=None, "
       "float? b_15=None, Tensor? center=None, int n_tb=8, Tensor? workspace=None, Tensor? norm=None, "
-      "float norm_eps=0) -> Tensor");
+      "float norm_eps=0, Tensor? row_scale=None) -> Tensor");
 
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("silu_mul(Tensor x) -> Tensor");

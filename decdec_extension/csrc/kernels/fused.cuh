@@ -83,9 +83,6 @@ __device__ inline void compensate(const GemvParams& p, uint8_t* shared) {
   uint16_t* channels = reinterpret_cast<uint16_t*>(values + (kept ? c.selected : 0));
   const int warp = threadIdx.x / 32;
   uint16_t* own = reinterpret_cast<uint16_t*>(shared + normed_bytes(c.selected, 0));
-  const auto centered = [&](uint16_t bits, int channel) {
-    return to_float(bits, p.dtype) - (c.center ? __ldg(c.center + channel) : 0.f);
-  };
   Outputs<kEmitted> out(p);
   for (int row = 0; row < p.batch; ++row) {
     const uint16_t* x = static_cast<const uint16_t*>(p.x) + int64_t{row} * d_in;
@@ -104,7 +101,8 @@ __device__ inline void compensate(const GemvParams& p, uint8_t* shared) {
       select_row_chunk(x, 0, d_in, chunk * kChunk, p.dtype, c, reinterpret_cast<uint16_t*>(sums) + warp * kChunk,
                        [&](int i, int channel, uint16_t bits) {
                          channels[chunk * c.k_chunk + i] = uint16_t(channel);
-                         if (kept) values[chunk * c.k_chunk + i] = channel < 0 ? 0.f : centered(bits, channel);
+                         if (!kept) return;
+                         values[chunk * c.k_chunk + i] = channel < 0 ? 0.f : row_factor(c, bits, channel, p.dtype);
                        });
     }
     __syncthreads();
@@ -114,7 +112,7 @@ __device__ inline void compensate(const GemvParams& p, uint8_t* shared) {
           [&](int i, float& factor) {
             const int channel = channels[i];
             if (channel == kMaxInputs - 1) return -1;
-            factor = kept ? values[i] : centered(x[channel], channel);
+            factor = kept ? values[i] : row_factor(c, x[channel], channel, p.dtype);
             return channel;
           },
           out);

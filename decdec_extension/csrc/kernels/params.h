@@ -77,6 +77,7 @@ struct GemvPlan {
 struct Compensation {
   const uint8_t* residual;         // (d_in, row_bytes), GPU memory or mapped host memory
   const uint16_t* residual_scale;  // float16 (groups, d_out)
+  const float* row_scale;          // (d_in,), what the rows as they are stored are multiplied with, or null
   const float* center;             // (d_in,) or null
   uint64_t* workspace;             // (batch, d_out), all zero between calls
   int64_t row_bytes;

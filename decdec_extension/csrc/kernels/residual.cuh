@@ -70,6 +70,12 @@ __host__ __device__ constexpr int slice_pieces(int pieces, int blocks, int bits)
   return (even + line - 1) / line * line;
 }
 
+// What row `channel` of the residual is multiplied with, for an activation of these bits.
+__device__ __forceinline__ float row_factor(const Compensation& c, uint16_t bits, int channel, Dtype dtype) {
+  const float value = to_float(bits, dtype) - (c.center ? __ldg(c.center + channel) : 0.f);
+  return c.row_scale ? value * __ldg(c.row_scale + channel) : value;
+}
+
 // channel(i, factor) is the i-th of `selected` channels, or negative; emit.put(outputs, values) takes every output of
 // the slice once, kEmitted at a time, negative ones being none; emit.expect(outputs) announces them. `sums`: 32 *
 // kSumStride floats of shared memory. Called by the whole block. kGrouped: the scale depends on the channel (or is

@@ -69,7 +69,7 @@ __global__ __launch_bounds__(kThreads) void residual_gemv_kernel(const void* x, 
   const auto find = [&](int i, float& factor) {
     const int channel = __ldg(mine + i);
     if (channel < 0 || channel >= d_in) return -1;
-    factor = load_element(x, row * d_in + channel, dtype) - (c.center ? __ldg(c.center + channel) : 0.f);
+    factor = row_factor(c, static_cast<const uint16_t*>(x)[row * d_in + channel], channel, dtype);
     return channel;
   };
   // Found once and kept: a thread would find them again with every row, and wait for each.
