@@ -12,8 +12,6 @@ namespace decdec::cuda {
 
 template <Format kFormat, int kBits>
 void launch_gemv_format(const GemvParams& params, int shared_bytes, cudaStream_t stream);
-template <Format kFormat, int kBits>
-void launch_dequantize_format(const Weights& weights, void* out, Dtype dtype, cudaStream_t stream);
 
 namespace {
 
@@ -21,12 +19,11 @@ struct Instance {
   Format format;
   int bits;
   void (*gemv)(const GemvParams&, int, cudaStream_t);
-  void (*dequantize)(const Weights&, void*, Dtype, cudaStream_t);
 };
 
 template <Format kFormat, int kBits>
 constexpr Instance instance() {
-  return {kFormat, kBits, launch_gemv_format<kFormat, kBits>, launch_dequantize_format<kFormat, kBits>};
+  return {kFormat, kBits, launch_gemv_format<kFormat, kBits>};
 }
 
 constexpr Instance kInstances[] = {
@@ -117,10 +114,6 @@ void launch_gemv(Format format, int bits, GemvParams& params, cudaStream_t strea
                              " bytes of shared memory, the device has " + std::to_string(device.shared_per_block));
   }
   instance.gemv(params, bytes, stream);
-}
-
-void launch_dequantize(Format format, int bits, const Weights& weights, void* out, Dtype dtype, cudaStream_t stream) {
-  find(format, bits).dequantize(weights, out, dtype, stream);
 }
 
 }  // namespace decdec::cuda

@@ -2,7 +2,6 @@
 
 #pragma once
 
-#include "../kernels/dequantize.cuh"
 #include "../kernels/fused.cuh"
 #include "launch.h"
 
@@ -34,14 +33,6 @@ void launch_gemv_format(const GemvParams& params, int shared_bytes, cudaStream_t
   } else {
     launch_gemv_rows<kFormat, kBits, kMaxBatch / 2>(params, shared_bytes, stream);
   }
-}
-
-template <Format kFormat, int kBits>
-void launch_dequantize_format(const Weights& w, void* out, Dtype dtype, cudaStream_t stream) {
-  const int64_t units = int64_t{(w.d_in + kUnitInputs - 1) / kUnitInputs} * ((w.d_out + kTileRows - 1) / kTileRows);
-  constexpr int kBlock = 256;
-  dequantize_kernel<kFormat, kBits><<<unsigned((units * 32 + kBlock - 1) / kBlock), kBlock, 0, stream>>>(w, out, dtype);
-  check(cudaGetLastError(), "launch of the dequantization");
 }
 
 }  // namespace decdec::cuda
