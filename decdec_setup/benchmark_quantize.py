@@ -1,8 +1,9 @@
 """Times the setup stage on random weights of a known model's shape, and its memory; two sizes are run, the whole is scaled.
 
 The time does not depend on the values. A model of each number of blocks of --blocks is written to disk, and every step does its
-whole work on both: what the second takes more is a block's share, the rest comes once. One JSON line a step is printed
-and appended to --out: seconds, peak bytes of the process (what it mapped of files counted in) and of the GPU.
+whole work on both: what the second takes more is a block's share, the rest comes once. With one number, that of the whole model,
+nothing is scaled. One JSON line a step is printed and appended to --out: seconds, peak bytes of the process (what it mapped of
+files counted in) and of the GPU.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from decdec.files import append_row, write_json
 from decdec.sizes import NAMED
 from decdec.tiny import save_tokenizer
 
+import squeezellm
 from cheatsheet import make_cheatsheet
 from quantize import METHODS, quantize
 from thresholds import make_thresholds
@@ -110,8 +112,8 @@ def step_of(step: str, source: Path, out: Path, bits: int, calibration: dict, de
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random-weights", default="llama-3-8b", metavar="MODEL", help=", ".join(MODELS))
-    parser.add_argument("--blocks", type=int, nargs=2, default=[1, 3], metavar=("N", "M"),
-                        help="blocks of the two models that are timed (default 1 3)")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 3], metavar="N",
+                        help="blocks of the two models that are timed (default 1 3), or all blocks of the whole one")
     parser.add_argument("--steps", nargs="+", default=list(STEPS), help=", ".join(STEPS))
     parser.add_argument("--bits", type=int, default=3, help="2, 3 or 4 (default %(default)s)")
     parser.add_argument("--samples", type=int, default=100, help="calibration samples (default %(default)s)")
@@ -122,43 +124,52 @@ def main() -> None:
     args = parser.parse_args()
     if args.random_weights not in MODELS or set(args.steps) - set(STEPS):
         raise UserError(f"expected a model of {', '.join(MODELS)} and steps of {', '.join(STEPS)}")
-    few, many = args.blocks
-    if not 0 < few < many:
-        raise UserError(f"blocks: expected two positive numbers, the smaller first, got {few} {many}")
+    few, many, whole = args.blocks[0], args.blocks[-1], MODELS[args.random_weights][4]
+    if not (len(args.blocks) == 2 and 0 < few < many) and args.blocks != [whole]:
+        raise UserError(f"blocks: expected two positive numbers, the smaller first, or all {whole}, got {args.blocks}")
     cuda = args.device.startswith("cuda")
     calibration = {"text": "pydoc", "samples": args.samples, "length": args.length}
     steps = [step for step in STEPS if step in args.steps]
     if not set(steps) & set(METHODS):
         steps.insert(0, "rtn")  # whose folder the others read
+    limit = squeezellm.HIDDEN_BYTES
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         source, out = Path(scratch, "original"), Path(scratch, "quantized")
-        write_model(source, args.random_weights, few)
-        first = {step: measured(step_of(step, source, out, args.bits, calibration, args.device), cuda) for step in steps}
-        shutil.rmtree(out)
-        block_bytes = write_model(source, args.random_weights, many)
-        sizes = block_bytes, (source / "rest.safetensors").stat().st_size
-        for step in steps:
-            second = measured(step_of(step, source, out, args.bits, calibration, args.device), cuda)
-            if step in args.steps:
-                row = scaled(args, step, first[step], second, *sizes)
-                append_row(args.out, row)
-                print(f"{step}: {row['seconds_a_block']} s a block; scaled to {row['model_blocks']} blocks "
-                      f"{row['model_minutes_scaled']} minutes, {row['model_peak_host_gb_scaled']} GB of CPU memory", flush=True)
+        if cuda:  # what the first use of every library takes is no block's share
+            small = Path(scratch, "tiny"), Path(scratch, "tiny-quantized")
+            write_model(small[0], "tiny", 1)
+            for step in steps:
+                step_of(step, *small, args.bits, {"text": "pydoc", "samples": 2, "length": 64}, args.device)()
+        found: dict[str, list[tuple[float, float, float]]] = {step: [] for step in steps}
+        for blocks in args.blocks:
+            block_bytes = write_model(source, args.random_weights, blocks)
+            squeezellm.HIDDEN_BYTES = limit * blocks // whole  # hidden states wait or are made again as in the whole model
+            shutil.rmtree(out, ignore_errors=True)
+            for step in steps:
+                found[step].append(measured(step_of(step, source, out, args.bits, calibration, args.device), cuda))
+                if blocks == many and step in args.steps:
+                    row = scaled(args, step, found[step], block_bytes, (source / "rest.safetensors").stat().st_size)
+                    append_row(args.out, row)
+                    print(f"{step}: {row['seconds_a_block']} s a block; scaled to {whole} blocks "
+                          f"{row['model_minutes_scaled']} minutes, {row['model_peak_host_gb_scaled']} GB of CPU memory", flush=True)
 
 
-def scaled(args: argparse.Namespace, step: str, first: tuple[float, float, float], second: tuple[float, float, float],
-           block_bytes: int, rest_bytes: int) -> dict:
-    """The row of a step from what :func:`measured` gave for the two sizes."""
-    (few, many), blocks = args.blocks, MODELS[args.random_weights][4]
-    each, host_each = ((second[i] - first[i]) / (many - few) for i in (0, 1))
+def scaled(args: argparse.Namespace, step: str, found: list[tuple[float, float, float]], block_bytes: int, rest_bytes: int) -> dict:
+    """The row of a step from what :func:`measured` gave for every size."""
+    blocks, many = MODELS[args.random_weights][4], args.blocks[-1]
+    seconds, host, gpu = zip(*found)
+    if len(found) == 2:
+        each, host_each = ((part[1] - part[0]) / (many - args.blocks[0]) for part in (seconds, host))
+    else:
+        each, host_each = seconds[0] / many, 0.0
     cuda = args.device.startswith("cuda")
     return {"bench": "setup", "step": step, "model": args.random_weights, "weights": "random", "bits": args.bits,
-            "samples": args.samples, "length": args.length, "timed_blocks": [few, many], "model_blocks": blocks,
-            "seconds": [round(first[0], 2), round(second[0], 2)], "seconds_a_block": round(each, 3),
-            "model_minutes_scaled": round((second[0] + each * (blocks - many)) / 60, 2),
-            "peak_host_gb": [round(first[1], 2), round(second[1], 2)],
-            "model_peak_host_gb_scaled": round(second[1] + max(0.0, host_each) * (blocks - many), 2),
-            "peak_gpu_gb": round(second[2], 2), "model_gb": round((rest_bytes + blocks * block_bytes) / 1e9, 2),
+            "samples": args.samples, "length": args.length, "timed_blocks": args.blocks, "model_blocks": blocks,
+            "seconds": [round(part, 2) for part in seconds], "seconds_a_block": round(each, 3),
+            "model_minutes_scaled": round((seconds[-1] + each * (blocks - many)) / 60, 2),
+            "peak_host_gb": [round(part, 2) for part in host],
+            "model_peak_host_gb_scaled": round(host[-1] + max(0.0, host_each) * (blocks - many), 2),
+            "peak_gpu_gb": round(gpu[-1], 2), "model_gb": round((rest_bytes + blocks * block_bytes) / 1e9, 2),
             "block_gb": round(block_bytes / 1e9, 2),
             "device": torch.cuda.get_device_name() if cuda else f"cpu {platform.machine()}",
             "gpus": torch.cuda.device_count() if cuda else 0, "cores": os.cpu_count(), "torch": torch.__version__}

@@ -15,6 +15,7 @@ from decdec.models import decoder_linears, load_model
 from decdec.original import save_original_thresholds
 from decdec.testing import run_script
 
+from benchmark_quantize import scaled
 from cheatsheet import make_cheatsheet, make_from_two_folders
 from convert_gguf import convert
 from parts import Parts
@@ -175,3 +176,12 @@ def test_the_benchmark_scales_to_the_whole_model(tmp_path):
     assert [row["step"] for row in rows] == ["squeezellm", "thresholds"]
     assert all(row["model_blocks"] == 4 and row["model_gb"] < row["peak_host_gb"][1] < 8 for row in rows)
     assert "error: blocks: expected" in run_script(ROOM / "benchmark_quantize.py", "--blocks", "2", "2").stderr
+
+
+@pytest.mark.parametrize("blocks, found, seconds, gigabytes", [([1, 3], [(5, 2.0, 0), (9, 3.0, 0)], 5 + 3 * 2, 3.5),
+                                                               ([4], [(8, 3.0, 0)], 8, 3.0)])
+def test_a_row_of_the_benchmark(blocks, found, seconds, gigabytes):
+    args = SimpleNamespace(random_weights="tiny", blocks=blocks, bits=3, samples=2, length=32, device="cpu")
+    row = scaled(args, "awq", found, 10**9, 2 * 10**9)
+    assert row["seconds_a_block"] == 2 and row["model_minutes_scaled"] == pytest.approx(seconds / 60, abs=0.01)
+    assert row["model_peak_host_gb_scaled"] == gigabytes and row["model_gb"] == 6
