@@ -2,11 +2,13 @@
 
 A block's score is how much further the model's output is from the original's, as a Kullback-Leibler divergence per token, with
 this one block at the low bits than with it at the high bits, all others being the original's. The upper half by score gets the
-high bits. Takes the two finished folders of one bit width each.
+high bits. Takes the two finished folders of one bit width each. Run again after an interrupt, it goes on where it last saved.
 """
 
 import argparse
 import json
+import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,19 +22,26 @@ from decdec.text import calibration_samples, load_text
 from base_model import BaseModel
 from bit_map import known_bit_map, write_bit_map
 from blocks import BlockRunner
-from folder import local_folder
+from folder import local_folder, model_identity
+from parts import Parts
 from quantized_blocks import QuantizedBlocks
+
+SAVE_SECONDS = 20  # from one save to the next: the states of all variants are saved together, at the end 5 GB of a 70B model
 
 
 @torch.no_grad()
-def divergences(runner: BlockRunner, folders: list[QuantizedBlocks]) -> Tensor:
+def divergences(runner: BlockRunner, folders: list[QuantizedBlocks], parts: Parts) -> Tensor:
     """Nats per token, float64 ``(blocks, len(folders))``, from the original to the model with one block of one folder.
 
-    All variants go through the blocks together, so each block of the original is at work once.
+    All variants go through the blocks together, so each block of the original is at work once. ``parts`` keeps how far they are.
     """
     clean = runner.embed()
     variants: dict[tuple[int, int], list[Tensor]] = {}
-    for index in tqdm(range(len(runner.blocks)), desc="blocks", unit="block"):
+    first = 0
+    if parts.has(0):
+        first, clean, variants = _read_states(parts.load(0))
+    saved = time.monotonic()
+    for index in tqdm(range(first, len(runner.blocks)), desc="blocks", unit="block", initial=first, total=len(runner.blocks)):
         block = runner.copy_block(index)
         for key, states in variants.items():
             variants[key] = runner.advance(index, block, states)
@@ -40,6 +49,9 @@ def divergences(runner: BlockRunner, folders: list[QuantizedBlocks]) -> Tensor:
             changed = folder.load_into(runner.copy_block(index), f"{runner.prefix}.{index}")
             variants[index, which] = runner.advance(index, changed, clean)
         clean = runner.advance(index, block, clean)
+        if time.monotonic() - saved >= SAVE_SECONDS:
+            parts.save(0, _states(index + 1, clean, variants))
+            saved = time.monotonic()
     wanted = [runner.logits(state, sample).float().log_softmax(-1) for state, sample in zip(clean, runner.samples)]
     found = torch.zeros(len(runner.blocks), len(folders), dtype=torch.float64)
     for (index, which), states in tqdm(variants.items(), desc="outputs", unit="variant"):
@@ -47,6 +59,19 @@ def divergences(runner: BlockRunner, folders: list[QuantizedBlocks]) -> Tensor:
             logits = runner.logits(state, sample).float().log_softmax(-1)
             found[index, which] += float(F.kl_div(logits, target, log_target=True, reduction="batchmean")) / len(wanted)
     return found
+
+
+def _states(done: int, clean: list[Tensor], variants: dict[tuple[int, int], list[Tensor]]) -> dict[str, Tensor]:
+    """What is to be saved once ``done`` blocks are: each model's states as one ``(samples, length, d_model)``."""
+    return {"done": torch.tensor(done), "clean": torch.cat(clean).cpu()} | {
+        f"{index}.{which}": torch.cat(states).cpu() for (index, which), states in variants.items()}
+
+
+def _read_states(saved: dict[str, Tensor]) -> tuple[int, list[Tensor], dict[tuple[int, int], list[Tensor]]]:
+    """The arguments of :func:`_states` that gave ``saved``, on the CPU."""
+    done, clean = int(saved.pop("done")), list(saved.pop("clean").split(1))
+    keys = sorted(tuple(map(int, key.split("."))) for key in saved)
+    return done, clean, {(index, which): list(saved[f"{index}.{which}"].split(1)) for index, which in keys}
 
 
 def choose(found: Tensor, low: int, high: int) -> list[int]:
@@ -69,13 +94,17 @@ def make_bit_map(source: str, low: str, high: str, out: str, text: str = "c4", s
     documents = load_text(text, "calibration")
     how = {"method": folders[0].quant.method, "weights_hashes": [folder.quant.weights_hash for folder in folders],
            "calibration": {"text": documents.name, "text_hash": documents.hash, "samples": samples, "length": length, "seed": seed}}
+    source_folder = local_folder(source)
+    parts = Parts.beside(Path(out), how | {"model": model_identity(source_folder)})
     if known := known_bit_map(out, how):
+        parts.clear()  # where a kill came just before
         return known
-    base = BaseModel(local_folder(source))
+    base = BaseModel(source_folder)
     tokens = calibration_samples(documents, load_tokenizer(str(base.folder)), samples, length, seed)
-    found = divergences(BlockRunner(base.model, tokens, device, base.block), folders)
+    found = divergences(BlockRunner(base.model, tokens, device, base.block), folders, parts)
     chosen = choose(found, *bits)
     write_bit_map(out, chosen, how | {"divergence": {str(b): column.tolist() for b, column in zip(bits, found.t())}})
+    parts.clear()
     return chosen
 
 

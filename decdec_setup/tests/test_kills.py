@@ -20,6 +20,7 @@ import os, random, shutil, signal, sys, time
 from pathlib import Path
 import torch, transformers
 import decdec.hub  # all that a child needs is imported before it is forked
+import mixed_precision
 from cheatsheet import make_cheatsheet
 from mixed_precision import make_bit_map
 from quantize import quantize
@@ -59,6 +60,7 @@ def files(out):
             if path.is_file() and path.name != "README.md" and not path.name.startswith(".")}
 
 random.seed(method)
+mixed_precision.SAVE_SECONDS = 0
 torch.set_num_threads(1)
 whole, out = scratch / "whole", scratch / "killed"
 start = time.monotonic()

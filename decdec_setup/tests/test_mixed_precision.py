@@ -13,6 +13,7 @@ from decdec.testing import run_script
 from decdec.text import calibration_samples, load_text
 
 import mixed_precision
+from blocks import BlockRunner
 from describe import describe
 from folder import Reusable
 from mixed_precision import choose, make_bit_map
@@ -45,6 +46,29 @@ def test_divergence_is_that_of_the_model_with_one_block_replaced(tiny, quantized
     assert make_bit_map(*arguments, **calibration) == chosen
     with pytest.raises(pytest.fail.Exception):
         make_bit_map(*arguments, **calibration | {"seed": 1})
+
+
+def test_an_interrupted_map_goes_on_where_it_was_saved(tiny, quantized, calibration, tmp_path, monkeypatch):
+    arguments = str(tiny), quantized("rtn"), quantized("rtn", 4)
+    make_bit_map(*arguments, tmp_path / "whole.json", **calibration)
+    monkeypatch.setattr(mixed_precision, "SAVE_SECONDS", 0)
+    copies = []
+    copy = BlockRunner.copy_block
+
+    def interrupted(self, index):
+        copies.append(index)
+        if len(copies) == 5:  # in the second block, whose clean form and two variants are copied each
+            raise KeyboardInterrupt
+        return copy(self, index)
+
+    monkeypatch.setattr(BlockRunner, "copy_block", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_bit_map(*arguments, tmp_path / "map.json", **calibration)
+    assert copies == [0, 0, 0, 1, 1] and not (tmp_path / "map.json").exists()
+    make_bit_map(*arguments, tmp_path / "map.json", **calibration)
+    assert copies[5:] == [1, 1, 1]
+    assert (tmp_path / "map.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_reused_blocks_are_those_made_afresh(tiny, quantized, calibration, tmp_path, monkeypatch):
