@@ -17,7 +17,7 @@ from decdec.errors import UserError
 from decdec.files import append_row
 from decdec.sizes import NAMED
 from random_model import give_residuals, random_decoder
-from runtime import check_device, default_device, default_dtype, describe
+from runtime import describe, device_and_dtype
 from runtime_arguments import compensation_of, make_runtime
 from sampling import Sampling
 from step_profile import profile
@@ -123,9 +123,7 @@ def run_benchmark(arguments: argparse.Namespace, sampling: Sampling) -> None:
 def _random(arguments: argparse.Namespace) -> tuple[Stepper, dict]:
     if arguments.model:
         raise UserError("--random-weights: instead of --model, not with it")
-    device = torch.device(arguments.device or default_device())
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else default_dtype(device)
-    check_device(device, dtype)
+    device, dtype = device_and_dtype(arguments.device, arguments.dtype)
     try:
         decoder = random_decoder(arguments.random_weights, arguments.bits, arguments.format, dtype, device,
                                  arguments.head_bits)

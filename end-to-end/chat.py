@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from answering import LanguageModel
 from decdec.errors import UserError, run
-from runtime_arguments import add_runtime_arguments, make_runtime
+from runtime_arguments import add_runtime_arguments, add_sampling_arguments, make_runtime, sampling_of
 from sampling import Sampling
 
 
@@ -115,17 +115,13 @@ def parse_arguments() -> argparse.Namespace:
     add_runtime_arguments(parser)
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the first turn")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (default 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default 0)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest (default: all)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
-                        help="sample from the likeliest P of the probability mass (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
+    add_sampling_arguments(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    sampling = sampling_of(arguments)
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: expected a positive number, got {arguments.max_new_tokens}")
     model = LanguageModel(make_runtime(arguments))

@@ -16,7 +16,8 @@ from benchmark import add_benchmark_arguments, run_benchmark
 from decdec import models
 from decdec.errors import UserError, run
 from runtime import Runtime
-from runtime_arguments import add_runtime_arguments, compensation_of, make_runtime
+from runtime_arguments import (add_runtime_arguments, add_sampling_arguments, compensation_of, make_runtime,
+                               sampling_of)
 from sampling import Sampling
 from streaming import TextStream
 
@@ -31,12 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--chat", action="store_true", help="make the prompt a user's turn in the chat template")
     parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, metavar="N",
                         help="default 128, of a benchmark 200")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default 0)")
-    parser.add_argument("--top-k", "--top_k", type=int, default=0, metavar="K",
-                        help="sample from the K likeliest (default: all)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
-                        help="sample from the likeliest P of the probability mass (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
+    add_sampling_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON line a prompt instead of the text")
     add_benchmark_arguments(parser)
     return parser.parse_args()
@@ -112,7 +108,7 @@ def answer(runtime: Runtime, tokenizer, prompt: list[int], most: int, arguments:
 
 def main() -> None:
     arguments = parse_arguments()
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    sampling = sampling_of(arguments)
     compensation_of(arguments)  # what is wrong with it is said before anything is loaded
     if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: expected a positive number, got {arguments.max_new_tokens}")

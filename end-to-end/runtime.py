@@ -32,8 +32,7 @@ class Runtime:
     """The decoder of a DecDEC folder or an original model (folder or hub id) on one device.
 
     ``compensation``: one setting for all layers, a mapping by kind, or ``"plan"``, the folder's ``plan.json``; an
-    original model has none. ``device`` is ``"cpu"`` or ``"cuda"``, by default the GPU where there is one; ``dtype`` by
-    default float16 there and float32 on the CPU. ``head_bits`` 8 rounds the output head. ``residuals``: ``"host"`` or
+    original model has none. ``device`` and ``dtype``: see :func:`device_and_dtype`. ``head_bits`` 8 rounds the output head. ``residuals``: ``"host"`` or
     ``"gpu"`` memory.
 
     ``context`` is the model's longest sequence, ``stop`` the tokens that end a text, ``timing`` that of the last
@@ -41,11 +40,10 @@ class Runtime:
     """
 
     def __init__(self, source: str | Path, compensation: Compensation | dict | str = Compensation(),
-                 device: str | None = None, dtype: torch.dtype | None = None, head_bits: int = 16,
+                 device: str | None = None, dtype: torch.dtype | str | None = None, head_bits: int = 16,
                  residuals: str = "host"):
-        self.source, self.device = str(source), torch.device(default_device() if device is None else device)
-        self.dtype = default_dtype(self.device) if dtype is None else dtype
-        check_device(self.device, self.dtype)
+        self.source = str(source)
+        self.device, self.dtype = device_and_dtype(device, dtype)
         model, self.stop = load(self.source, self.dtype, compensation)
         self.context = model.config.max_position_embeddings
         decoder = Decoder(model, head_bits).eval()
@@ -129,22 +127,30 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() and torch.ops.decdec.has_cuda() else "cpu"
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
-    return torch.float16 if device.type == "cuda" else torch.float32
-
-
-def check_device(device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse a device that is not there, and a dtype that it does not compute in."""
+def device_and_dtype(device: str | None = None, dtype: torch.dtype | str | None = None
+                     ) -> tuple[torch.device, torch.dtype]:
+    """Where to compute, ``cpu`` or ``cuda``, and in what: by default the GPU where there is one, float16 there and float32
+    on the CPU. Raises UserError for a device that is not there and a dtype that it does not compute in.
+    """
+    try:
+        device = torch.device(default_device() if device is None else device)
+    except RuntimeError:
+        raise UserError(f"device: expected cpu or cuda, got {device}") from None
+    if dtype is None:
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+    elif isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device: expected cpu or cuda, got {device}")
     if device.type == "cpu":
-        return
+        return device, dtype
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device: {device} is not there (torch sees {torch.cuda.device_count()} GPUs); use cpu")
     if not torch.ops.decdec.has_cuda():
         raise UserError("device: the ops were built without CUDA; build decdec_extension again where nvcc is")
     if dtype == torch.float32:
         raise UserError("dtype: expected float16 or bfloat16 on a GPU, got float32")
+    return device, dtype
 
 
 def load(source: str, dtype: torch.dtype, compensation: Compensation | dict | str) -> tuple[nn.Module, set[int]]:

@@ -4,14 +4,13 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from decdec.errors import UserError
 from decdec.linear import Compensation
 from decdec.models import KINDS
 from decdec.placement import PLACES
 from decdec.plan import PLAN, load_plan, this_device
 from runtime import DTYPES, Runtime
+from sampling import Sampling
 
 # Flags of the original artifact that have another form here.
 ANSWERS = {"--bitwidth": "a DecDEC folder says its own bits; with --random-weights give --bits",
@@ -51,6 +50,19 @@ def add_runtime_arguments(parser: argparse.ArgumentParser, model_required: bool 
         parser.add_argument(flag, nargs="*", action=_Answered, help=argparse.SUPPRESS)
 
 
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default 0)")
+    parser.add_argument("--top-k", "--top_k", type=int, default=0, metavar="K",
+                        help="sample from the K likeliest (default: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
+                        help="sample from the likeliest P of the probability mass (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
+
+
+def sampling_of(arguments: argparse.Namespace) -> Sampling:
+    return Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+
+
 def compensation_of(arguments: argparse.Namespace) -> Compensation | dict[str, Compensation]:
     """What ``--k-chunk`` and ``--n-tb`` ask for: one setting, or one for each kind of layer."""
     k_chunks = arguments.k_chunk or [0]
@@ -67,9 +79,8 @@ def make_runtime(arguments: argparse.Namespace) -> Runtime:
     """The runtime asked for. Says on stderr which plan it follows, or why it leaves a folder's own aside."""
     if arguments.plan and arguments.k_chunk:
         raise UserError("--plan: cannot be followed together with --k-chunk; leave one out")
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    compensation = compensation_of(arguments)
-    runtime = Runtime(arguments.model, compensation, arguments.device, dtype, arguments.head_bits, arguments.residuals)
+    runtime = Runtime(arguments.model, compensation_of(arguments), arguments.device, arguments.dtype,
+                      arguments.head_bits, arguments.residuals)
     if arguments.plan and not runtime.quantized:
         raise UserError(f"--plan: {arguments.model} is not a DecDEC folder, nothing can be compensated")
     own = Path(arguments.model) / PLAN

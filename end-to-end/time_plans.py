@@ -10,15 +10,13 @@ import argparse
 import json
 import sys
 
-import torch
-
 from benchmark import measure
 from decdec import hub
 from decdec.errors import UserError, run
 from decdec.linear import Compensation
 from decdec.plan import apply, load_plan
 from random_model import give_residuals, random_decoder
-from runtime import DTYPES, Runtime, default_device, default_dtype
+from runtime import DTYPES, Runtime, device_and_dtype
 from stepper import Stepper
 
 RUNS = 5  # of base, then of plan; the medians count
@@ -40,10 +38,9 @@ def parse_arguments() -> argparse.Namespace:
 def make_stepper(arguments: argparse.Namespace) -> Stepper:
     if (arguments.model is None) == (arguments.random_weights is None):
         raise UserError("model: expected either --model FOLDER or --random-weights NAME")
-    device = torch.device(arguments.device or default_device())
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else default_dtype(device)
     if arguments.model:
-        return Runtime(arguments.model, device=str(device), dtype=dtype).stepper
+        return Runtime(arguments.model, device=arguments.device, dtype=arguments.dtype).stepper
+    device, dtype = device_and_dtype(arguments.device, arguments.dtype)
     decoder = random_decoder(arguments.random_weights, arguments.bits, arguments.format, dtype, device)
     give_residuals(decoder)
     return Stepper(decoder)

@@ -5,21 +5,10 @@ import signal
 import threading
 
 import pytest
-from transformers import AutoTokenizer, LlamaForCausalLM
 
 from chat import Conversation, interrupts, main, say
 from decdec.errors import UserError
-from decdec.testing import quick_folder
-from decdec.tiny import make_model
 from sampling import Sampling
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    original = make_model(tmp_path_factory.mktemp("chat") / "tiny")
-    folder = quick_folder(LlamaForCausalLM.from_pretrained(original), original.parent / "tiny-w3")
-    AutoTokenizer.from_pretrained(original).save_pretrained(folder)
-    return folder
 
 
 class Letters:

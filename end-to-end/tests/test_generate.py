@@ -8,25 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, LlamaForCausalLM
 
 from decdec import artifacts
 from decdec.errors import UserError
 from decdec.plan import Choice, Device, Plan, Tuned, save_plan
 from decdec.sizes import NAMED
-from decdec.testing import quick_folder, refused, run_script
-from decdec.tiny import make_model
+from decdec.testing import refused, run_script
 from generate import main
 
 ROOM = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    original = make_model(tmp_path_factory.mktemp("generate") / "tiny")
-    folder = quick_folder(LlamaForCausalLM.from_pretrained(original), original.parent / "tiny-w3")
-    AutoTokenizer.from_pretrained(original).save_pretrained(folder)
-    return original, folder
 
 
 def arguments_of(*arguments):
@@ -46,8 +36,7 @@ def generate(monkeypatch, capsys):
     return run
 
 
-def test_json_says_what_ran(folders, generate):
-    original, folder = folders
+def test_json_says_what_ran(original, folder, generate):
     row = json.loads(generate("--model", folder, "--prompt", "Hello", "--k-chunk", 16, "--json").out)
     assert (row["prompt_tokens"], row["k_chunk"], row["selection"]) == (5, 16, "exact") and row["new_tokens"] <= 5
     assert row["prefill_tokens_per_s"] > 0 and row["device_bytes"] > 0 and row["host_bytes"] > 0
@@ -55,18 +44,18 @@ def test_json_says_what_ran(folders, generate):
     assert full["host_bytes"] == 0 and full["device_bytes"] > row["device_bytes"] and full["selection"] == "none"
 
 
-def test_stdin_chat_and_sampling_stream_the_same_text_for_the_same_seed(folders, generate):
-    arguments = ("--model", folders[1], "--chat", "--temperature", 1, "--top-k", 50, "--seed", 4, "--k-chunk", 8)
+def test_stdin_chat_and_sampling_stream_the_same_text_for_the_same_seed(folder, generate):
+    arguments = ("--model", folder, "--chat", "--temperature", 1, "--top-k", 50, "--seed", 4, "--k-chunk", 8)
     first, second = (generate(*arguments, stdin="Grüße") for _ in range(2))
     assert first.out == second.out and "tokens/s" in first.err
-    assert generate("--model", folders[1], stdin="").err.startswith("prefill 1 tokens")  # of no prompt, the first token
-    assert generate("--model", folders[1], "--prompt", "x" * 510).err.startswith("only 2 new tokens")
+    assert generate("--model", folder, stdin="").err.startswith("prefill 1 tokens")  # of no prompt, the first token
+    assert generate("--model", folder, "--prompt", "x" * 510).err.startswith("only 2 new tokens")
 
 
-def test_a_file_of_prompts_is_answered_one_by_one(folders, generate, tmp_path):
+def test_a_file_of_prompts_is_answered_one_by_one(folder, generate, tmp_path):
     (tmp_path / "prompts.txt").write_text("Hello\n\nGoodbye\n")
-    many = generate("--model", folders[1], "--prompts", tmp_path / "prompts.txt", "--json").out.splitlines()
-    alone = [generate("--model", folders[1], "--prompt", prompt, "--json").out for prompt in ("Hello", "Goodbye")]
+    many = generate("--model", folder, "--prompts", tmp_path / "prompts.txt", "--json").out.splitlines()
+    alone = [generate("--model", folder, "--prompt", prompt, "--json").out for prompt in ("Hello", "Goodbye")]
     assert [json.loads(row)["text"] for row in many] == [json.loads(row)["text"] for row in alone]
 
 
@@ -80,27 +69,27 @@ def plan_for(folder, **changes):
     return Plan(**whole | changes)
 
 
-def test_a_plan_is_followed_and_one_of_another_model_refused(folders, generate, tmp_path):
-    save_plan(tmp_path / "plan.json", plan_for(folders[1]))
-    arguments = ("--model", folders[1], "--prompt", "Hello", "--json", "--device", "cpu", "--plan")
+def test_a_plan_is_followed_and_one_of_another_model_refused(original, folder, generate, tmp_path):
+    save_plan(tmp_path / "plan.json", plan_for(folder))
+    arguments = ("--model", folder, "--prompt", "Hello", "--json", "--device", "cpu", "--plan")
     shown = generate(*arguments, tmp_path / "plan.json")
     row = json.loads(shown.out)
     assert (row["k_chunk"], row["n_tb"], row["selection"]) == ([8, 16, 0, 4], 4, "exact") and "following" in shown.err
-    by_hand = generate("--model", folders[1], "--prompt", "Hello", "--json", "--k-chunk", 8, 16, 0, 4, "--device",
+    by_hand = generate("--model", folder, "--prompt", "Hello", "--json", "--k-chunk", 8, 16, 0, 4, "--device",
                        "cpu")
     assert json.loads(by_hand.out)["text"] == row["text"]
-    save_plan(tmp_path / "other.json", plan_for(folders[1], weights_hash="0" * 16))
+    save_plan(tmp_path / "other.json", plan_for(folder, weights_hash="0" * 16))
     with pytest.raises(UserError, match="tuned for weights 0000"):
         generate(*arguments, tmp_path / "other.json")
     with pytest.raises(UserError, match="leave one out"):
         generate(*arguments, tmp_path / "plan.json", "--k-chunk", 8)
     with pytest.raises(UserError, match="not a DecDEC folder"):
-        generate("--model", folders[0], "--prompt", "Hello", "--device", "cpu", "--plan", tmp_path / "plan.json")
+        generate("--model", original, "--prompt", "Hello", "--device", "cpu", "--plan", tmp_path / "plan.json")
 
 
-def test_benchmark_and_profile_write_rows(folders, generate, tmp_path):
+def test_benchmark_and_profile_write_rows(folder, generate, tmp_path):
     rows = tmp_path / "rows.jsonl"
-    shown = generate("--model", folders[1], "--benchmark", "--profile", "--sweep", 0, 8, "--runs", 2, "--out", rows,
+    shown = generate("--model", folder, "--benchmark", "--profile", "--sweep", 0, 8, "--runs", 2, "--out", rows,
                      "--prompt-tokens", 3, "--device", "cpu").out
     assert "us a token" in shown and "codebook_gemv" in shown and "in all" in shown
     first, second = map(json.loads, rows.read_text().splitlines())
@@ -117,20 +106,20 @@ def test_random_weights_need_no_model(generate, monkeypatch, form, bits):
     assert (row["shapes"], row["bits"], row["k_chunk"], row["head_bits"]) == ("llama-3-8b", bits, 8, 8)
 
 
-def test_flags_of_the_original_are_understood(folders, generate):
-    new = generate("--model", folders[1], "--prompt", "Hello", "--max-new-tokens", 3, "--k-chunk", 8, 8, 8, 8,
+def test_flags_of_the_original_are_understood(folder, generate):
+    new = generate("--model", folder, "--prompt", "Hello", "--max-new-tokens", 3, "--k-chunk", 8, 8, 8, 8,
                    "--temperature", 1, "--top-k", 5)
-    old = generate("--checkpoint_path", folders[1], "--prompt", "Hello", "--max_new_tokens", 3, "--k_chunks", 8, 8, 8,
+    old = generate("--checkpoint_path", folder, "--prompt", "Hello", "--max_new_tokens", 3, "--k_chunks", 8, 8, 8,
                    8, "--n_tbs", 2, 2, 2, 2, "--temperature", 1, "--top_k", 5)
     assert old.out == new.out
     for flag, match in (("--backend", "its own format"), ("--bitwidth", "its own bits"), ("--compile", "CUDA graph"),
                         ("--print_result", "always printed")):
         with pytest.raises(UserError, match=match):
-            generate("--model", folders[1], flag)
+            generate("--model", folder, flag)
 
 
-def test_shell_script_compares_settings(folders):
-    result = run_script(ROOM / "generate.sh", folders[1], "Hello", 0, 8,
+def test_shell_script_compares_settings(folder):
+    result = run_script(ROOM / "generate.sh", folder, "Hello", 0, 8,
                         env=os.environ | {"PYTHON": sys.executable, "MAX_NEW_TOKENS": "3"})
     assert result.returncode == 0, result.stderr
     assert "k_chunk 0" in result.stderr and "k_chunk 8" in result.stderr
@@ -148,14 +137,15 @@ def test_shell_script_compares_settings(folders):
     (("--model", "{folder}", "--max-new-tokens", 0), "max-new-tokens"),
     (("--model", "{folder}", "--k-chunk", 8, 8), "expected one number, or 4"),
     (("--model", "{folder}", "--device", "cuda:9"), "not there"),
+    (("--model", "{folder}", "--device", "gpu"), "expected cpu or cuda"),
     (("--model", "{folder}", "--prompts", "/dev/null"), "expected a prompt on every line"),
     (("--prompt", "Hello"), "--model: expected"),
     (("--benchmark",), "--model: expected a model to measure"),
     (("--model", "{folder}", "--random-weights", "llama-3-8b"), "instead of --model"),
     (("--model", "{folder}", "--benchmark", "--runs", 0), "--runs"),
 ])
-def test_mistakes_end_in_one_line(folders, monkeypatch, arguments, match):
-    places = {"original": folders[0], "folder": folders[1], "room": ROOM}
+def test_mistakes_end_in_one_line(original, folder, monkeypatch, arguments, match):
+    places = {"original": original, "folder": folder, "room": ROOM}
     filled = [str(argument).format(**places) for argument in arguments]
     prompt = [] if {"--prompt", "--prompts", "--prompt-file"} & set(filled) else ["--prompt", "Hello"]
     monkeypatch.setattr("sys.argv", arguments_of(*filled, *prompt))
@@ -164,11 +154,9 @@ def test_mistakes_end_in_one_line(folders, monkeypatch, arguments, match):
     assert "\n" not in str(error.value)
 
 
-def test_compensation_without_a_cheatsheet_is_refused(folders, tmp_path):
-    folder = tmp_path / "bare"
-    folder.mkdir()
-    for file in folders[1].iterdir():
+def test_compensation_without_a_cheatsheet_is_refused(folder, tmp_path):
+    for file in folder.iterdir():
         if file.name != "cheatsheet.pt":
-            (folder / file.name).symlink_to(file)
+            (tmp_path / file.name).symlink_to(file)
     assert "cheatsheet.pt" in refused(
-        run_script(ROOM / "generate.py", "--model", folder, "--prompt", "Hello", "--k-chunk", 8))
+        run_script(ROOM / "generate.py", "--model", tmp_path, "--prompt", "Hello", "--k-chunk", 8))

@@ -4,22 +4,11 @@ import json
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM
 
 from decdec.errors import UserError
 from decdec.linear import Compensation
-from decdec.testing import quick_folder
-from decdec.tiny import make_model
 from runtime import Runtime
 from same_text import main, parting
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    original = make_model(tmp_path_factory.mktemp("same") / "tiny")
-    folder = quick_folder(LlamaForCausalLM.from_pretrained(original), original.parent / "tiny-w3")
-    AutoTokenizer.from_pretrained(original).save_pretrained(folder)
-    return folder
 
 
 def test_every_path_gives_the_same_text(folder, monkeypatch, capsys, tmp_path):

@@ -4,23 +4,20 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
 
 from decdec.plan import Choice, Device, Plan, Tuned, save_plan
-from decdec.testing import quick_folder, refused, run_script
-from decdec.tiny import make_model
+from decdec.testing import refused, run_script
 
 SCRIPT = Path(__file__).parents[1] / "time_plans.py"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    original = make_model(tmp_path_factory.mktemp("plans") / "tiny")
-    made = quick_folder(AutoModelForCausalLM.from_pretrained(original), original.parent / "w3")
+@pytest.fixture
+def plan(tmp_path) -> str:
     choices = tuple(Choice(kind, 3, 64, 64, 2, 4, 900, 1.0, 2.0) for kind in ("qkv", "o", "gu", "d"))
     tuned = Tuned(5, "end-to-end", "paper", 4.0, None, 1.0, None, choices)
-    save_plan(made / "some.json", Plan("tiny", "rtn", None, Device("made up", 20, True), "bucket", 1.0, 1.0, None, {}, (tuned,)))
-    return made
+    save_plan(tmp_path / "some.json", Plan("tiny", "rtn", None, Device("made up", 20, True), "bucket", 1.0, 1.0, None,
+                                             {}, (tuned,)))
+    return str(tmp_path / "some.json")
 
 
 def time_plans(folder, *lines):
@@ -28,8 +25,8 @@ def time_plans(folder, *lines):
                       input="".join(f"{line}\n" for line in lines))
 
 
-def test_each_line_is_answered(folder):
-    result = time_plans(folder, "{}", json.dumps({"plan": str(folder / "some.json"), "target": 5}))
+def test_each_line_is_answered(folder, plan):
+    result = time_plans(folder, "{}", json.dumps({"plan": plan, "target": 5}))
     assert result.returncode == 0, result.stderr
     base, both = map(json.loads, result.stdout.splitlines())
     assert set(base) == {"base_ms"} and set(both) == {"base_ms", "ms"} and min(*base.values(), *both.values()) > 0
@@ -40,3 +37,9 @@ def test_each_line_is_answered(folder):
     ('{"plan": "no-such-plan.json"}', "no-such-plan.json: no such file")])
 def test_other_lines_are_refused(folder, line, says):
     assert says in refused(time_plans(folder, line))
+
+
+@pytest.mark.parametrize("what", ["--model", "--random-weights"])
+def test_a_device_that_is_not_there_is_refused(folder, what):
+    name = folder if what == "--model" else "llama-3-8b"
+    assert "cuda:9 is not there" in refused(run_script(SCRIPT, what, name, "--device", "cuda:9", input="{}"))
