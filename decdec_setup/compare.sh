@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Perplexity of a model at 3, 3.5 and 4 bits by every method, base weights alone: all folders are made, then measured.
+# Perplexity of a model at 3, 3.5 and 4 bits by every method, base weights alone: each folder is measured when it is made.
 #
 #   compare.sh ORIGINAL CALIBRATION_TEXT EVALUATION_TEXT ROWS.jsonl FOLDERS
 #
@@ -32,9 +32,11 @@ for method in ${METHODS:-awq squeezellm gptq rtn}; do
     [ "$method" = gptq ] && reuse=() || reuse=(--reuse "$low" "$high")
     quantize=("$python" "$room/quantize.py" --model "$original" --method "$method" "${samples[@]}")
     "${quantize[@]}" --bits 3 --out "$low"
+    measure "$low"
     "${quantize[@]}" --bits 4 --out "$high"
+    measure "$high"
     "$python" "$room/mixed_precision.py" "$original" "$low" "$high" --out "$map" --text "$calibration" --device "$device"
     "${quantize[@]}" --bits 3.5 --out "$name-$method-w3.5" --bit-map "$map" "${reuse[@]}"
-    for folder in "$low" "$name-$method-w3.5" "$high"; do measure "$folder"; done
+    measure "$name-$method-w3.5"
 done
 "$python" "$evaluation/table.py" "$rows"

@@ -41,18 +41,21 @@ def work(out):
         make_cheatsheet(out)
         make_thresholds(out, **text)
 
-def run(out, seconds=None):
+def run(out, seconds=float("inf")):
     "Whether the work got done within `seconds`; a fork, before torch has started any thread."
     child = os.fork()
     if not child:
         work(out)
         os._exit(0)
-    if seconds:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    assert status in (0, signal.SIGKILL), status
-    return status == 0
+    end = time.monotonic() + seconds
+    while not (found := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            found = os.waitpid(child, 0)
+            break
+        time.sleep(0.005)
+    assert found[1] in (0, signal.SIGKILL), found
+    return found[1] == 0
 
 def files(out):
     # The model card names the folder; a kill may leave the hidden temporary file that was being written.
@@ -68,14 +71,15 @@ assert run(whole)
 patience = (time.monotonic() - start) / 5
 killed = ended = progress = 0
 while killed < kills or not ended:
-    if run(out, random.uniform(0, patience) if killed < kills else None):
+    if run(out, random.uniform(0, patience) if killed < kills else float("inf")):
         assert files(out) == files(whole) and not list(out.rglob("*.parts"))
-        ended += 1
+        ended, progress = ended + 1, 0
         shutil.rmtree(out)
+        patience /= 1.2
     else:
         killed += 1
-    before, progress = progress, sum(1 for _ in out.rglob("*.safetensors"))
-    patience *= 1 if progress > before else 1.2  # too short to get anywhere, on this machine
+        before, progress = progress, sum(1 for _ in out.rglob("*.safetensors"))
+        patience *= 1 if progress > before else 1.2  # too short to get anywhere, on this machine
 print(method, killed, "kills,", ended, "times to the end, the same files each time")
 """
 

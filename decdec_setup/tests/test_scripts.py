@@ -163,7 +163,7 @@ def test_compare_measures_every_bit_width_once(tiny, tmp_path):
     done = run_script(ROOM / "compare.sh", *arguments, env=environment)
     assert done.returncode == 0, done.stderr
     rows = read_rows(tmp_path / "rows.jsonl")
-    assert [(row["method"], row["bits"]) for row in rows] == [("original", 16), ("rtn", 3), ("rtn", [3, 4]), ("rtn", 4)]
+    assert [(row["method"], row["bits"]) for row in rows] == [("original", 16), ("rtn", 3), ("rtn", 4), ("rtn", [3, 4])]
     assert all(row["windows"] == 2 and row["window_length"] == 32 for row in rows) and "selection" in done.stdout
     assert run_script(ROOM / "compare.sh", "only").returncode == 2
 
