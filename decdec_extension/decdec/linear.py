@@ -187,8 +187,6 @@ class CompensatedLinear(nn.Module):
 
     def _norms(self) -> bool:
         """Whether the ops can norm this layer's input themselves."""
-        if self.row_scale is not None and self.compensation.k_chunk:
-            return False
         whole = self.in_features % 8 == 0 and self.compensation.selection in ("bucket", "exact")
         if self.format == "uniform":
             whole = whole and self.in_features // len(self.scales) % 32 == 0 and self.out_features % 2 == 0
@@ -203,24 +201,22 @@ class CompensatedLinear(nn.Module):
         if not compensated:
             gemv = ops.codebook_gemv if self.format == "codebook" else ops.uniform_gemv
             return gemv(rows, *self._base(), bias, norm, norm_eps)
-        if self.compensation.selection in ("bucket", "exact") and self.row_scale is None:
+        if self.compensation.selection in ("bucket", "exact"):
             gemv = ops.codebook_gemv_compensated if self.format == "codebook" else ops.uniform_gemv_compensated
             return gemv(rows, *self._base(), bias, *self._residual(), self.compensation.k_chunk,
                         self.b_0, self.b_15, n_tb=self.compensation.n_tb, workspace=self.workspace,
-                        norm=norm, norm_eps=norm_eps)
-        return self._by_gemv(rows, False, bias) + ops.residual_gemv(self._of_rows(rows), self.channels(rows),
-                                                                    *self._residual(), self.out_features)
-
-    def _of_rows(self, rows: Tensor) -> Tensor:
-        """What the residual's rows, as they are stored, are to be multiplied with."""
-        return rows if self.row_scale is None else (rows * self.row_scale).to(rows.dtype)
+                        norm=norm, norm_eps=norm_eps, row_scale=self.row_scale)
+        return self._by_gemv(rows, False, bias) + ops.residual_gemv(
+            rows, self.channels(rows), *self._residual(), self.out_features, row_scale=self.row_scale)
 
     def _by_matmul(self, rows: Tensor, compensated: bool) -> Tensor:
         out = F.linear(rows, self._dense(rows.dtype), self.bias)
         if compensated:
             residual = ops.residual_dequantize(*self._residual(), self.out_features, rows.dtype)
+            if self.row_scale is not None:
+                residual *= self.row_scale[:, None]
             for part, part_out in zip(rows.split(ROWS_AT_ONCE), out.split(ROWS_AT_ONCE)):
-                part_out += self._of_rows(self._salient(part)) @ residual
+                part_out += self._salient(part) @ residual
         return out
 
     def _base(self) -> tuple[Tensor, Tensor, Tensor]:

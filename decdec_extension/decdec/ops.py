@@ -20,6 +20,7 @@ One schema serves the CPU and the CUDA implementation; :mod:`decdec.reference` i
   :func:`decdec.decode_ops.rms_norm`. ``d_in`` is a multiple of 8 then, uniform weights have groups of a multiple of 32 and
   even ``d_out``.
 * ``center`` (float32 ``(d_in,)``) is subtracted from ``x`` before selection and residual product.
+* ``row_scale`` (float32 ``(d_in,)``) is what the residual's rows, as they are stored, are multiplied with; selection does not see it.
 
 Wrong shapes, dtypes, devices or values raise RuntimeError naming the argument, what was expected and what came.
 """
@@ -82,16 +83,18 @@ def select_channels(x: Tensor, k_chunk: int, b_0: float | None = None, b_15: flo
 
 
 def residual_gemv(x: Tensor, indices: Tensor, residual: Tensor, residual_scale: Tensor | None, residual_bits: int,
-                  nested: bool, d_out: int, center: Tensor | None = None) -> Tensor:
-    """``sum over selected i of R[i, :] * (x[i] - center[i])`` for given ``indices`` int32 ``(batch, k)``; negative ones are skipped."""
-    return _ops.residual_gemv(x.contiguous(), indices, residual, residual_scale, residual_bits, nested, d_out, center)
+                  nested: bool, d_out: int, center: Tensor | None = None, row_scale: Tensor | None = None) -> Tensor:
+    """``sum over selected i of row_scale[i] * R[i, :] * (x[i] - center[i])`` for given ``indices`` int32 ``(batch, k)``;
+    negative ones are skipped."""
+    return _ops.residual_gemv(x.contiguous(), indices, residual, residual_scale, residual_bits, nested, d_out, center, row_scale)
 
 
 def codebook_gemv_compensated(x: Tensor, qweight: Tensor, codebook: Tensor, scale: Tensor, bias: Tensor | None,
                               residual: Tensor, residual_scale: Tensor | None, residual_bits: int, nested: bool,
                               k_chunk: int, b_0: float | None = None, b_15: float | None = None,
                               center: Tensor | None = None, n_tb: int = 8, workspace: Tensor | None = None,
-                              norm: Tensor | None = None, norm_eps: float = 0.0) -> Tensor:
+                              norm: Tensor | None = None, norm_eps: float = 0.0,
+                              row_scale: Tensor | None = None) -> Tensor:
     """Compensated GEMV of codebook weights, ``(W_q + R ⊙ M(x)) x + bias``: selection, fetch, residual GEMV and merge at once.
 
     ``n_tb`` thread blocks fetch while the others run the base GEMV (section 4.3); the CPU ignores it. ``workspace``
@@ -99,18 +102,19 @@ def codebook_gemv_compensated(x: Tensor, qweight: Tensor, codebook: Tensor, scal
     """
     return _ops.codebook_gemv_compensated(x.contiguous(), qweight, codebook, scale, bias, residual, residual_scale,
                                           residual_bits, nested, k_chunk, b_0, b_15, center, n_tb, workspace,
-                                          norm, norm_eps)
+                                          norm, norm_eps, row_scale)
 
 
 def uniform_gemv_compensated(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None,
                              residual: Tensor, residual_scale: Tensor | None, residual_bits: int, nested: bool,
                              k_chunk: int, b_0: float | None = None, b_15: float | None = None,
                              center: Tensor | None = None, n_tb: int = 8, workspace: Tensor | None = None,
-                             norm: Tensor | None = None, norm_eps: float = 0.0) -> Tensor:
+                             norm: Tensor | None = None, norm_eps: float = 0.0,
+                             row_scale: Tensor | None = None) -> Tensor:
     """Compensated GEMV of group-wise uniform weights; see :func:`codebook_gemv_compensated`."""
     return _ops.uniform_gemv_compensated(x.contiguous(), qweight, scales, zeros, bias, residual, residual_scale,
                                          residual_bits, nested, k_chunk, b_0, b_15, center, n_tb, workspace,
-                                         norm, norm_eps)
+                                         norm, norm_eps, row_scale)
 
 
 def _fake(name):
@@ -153,17 +157,17 @@ def _(x, k_chunk, b_0=None, b_15=None, center=None):
 
 
 @_fake("residual_gemv")
-def _(x, indices, residual, residual_scale, residual_bits, nested, d_out, center=None):
+def _(x, indices, residual, residual_scale, residual_bits, nested, d_out, center=None, row_scale=None):
     return x.new_empty((x.shape[0], d_out))
 
 
 @_fake("codebook_gemv_compensated")
 def _(x, qweight, codebook, scale, bias, residual, residual_scale, residual_bits, nested, k_chunk, b_0=None, b_15=None,
-      center=None, n_tb=8, workspace=None, norm=None, norm_eps=0.0):
+      center=None, n_tb=8, workspace=None, norm=None, norm_eps=0.0, row_scale=None):
     return x.new_empty((x.shape[0], codebook.shape[0]))
 
 
 @_fake("uniform_gemv_compensated")
 def _(x, qweight, scales, zeros, bias, residual, residual_scale, residual_bits, nested, k_chunk, b_0=None, b_15=None,
-      center=None, n_tb=8, workspace=None, norm=None, norm_eps=0.0):
+      center=None, n_tb=8, workspace=None, norm=None, norm_eps=0.0, row_scale=None):
     return x.new_empty((x.shape[0], scales.shape[1]))

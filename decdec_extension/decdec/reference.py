@@ -110,37 +110,39 @@ def uniform_gemv(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias
 
 
 def _residual_product(x: Tensor, indices: Tensor, residual: Tensor, residual_scale: Tensor | None, residual_bits: int,
-                      nested: bool, d_out: int, center: Tensor | None) -> Tensor:
+                      nested: bool, d_out: int, center: Tensor | None, row_scale: Tensor | None) -> Tensor:
     x = x.float() if center is None else x.float() - center.float()
     dense = residual_dequantize(residual, residual_scale, residual_bits, nested, d_out, torch.float32)
+    if row_scale is not None:
+        dense = dense * row_scale[:, None]
     chosen = indices.long()
     values = torch.where(chosen >= 0, torch.gather(x, 1, chosen.clamp(min=0)), 0.0)
     return torch.einsum("bk,bko->bo", values, dense[chosen.clamp(min=0)])
 
 
 def residual_gemv(x: Tensor, indices: Tensor, residual: Tensor, residual_scale: Tensor | None, residual_bits: int,
-                  nested: bool, d_out: int, center: Tensor | None = None) -> Tensor:
-    return _residual_product(x, indices, residual, residual_scale, residual_bits, nested, d_out, center).to(x.dtype)
+                  nested: bool, d_out: int, center: Tensor | None = None, row_scale: Tensor | None = None) -> Tensor:
+    return _residual_product(x, indices, residual, residual_scale, residual_bits, nested, d_out, center, row_scale).to(x.dtype)
 
 
 def codebook_gemv_compensated(x: Tensor, qweight: Tensor, codebook: Tensor, scale: Tensor, bias: Tensor | None,
                               residual: Tensor, residual_scale: Tensor | None, residual_bits: int, nested: bool,
                               k_chunk: int, b_0: float | None = None, b_15: float | None = None,
-                              center: Tensor | None = None) -> Tensor:
+                              center: Tensor | None = None, row_scale: Tensor | None = None) -> Tensor:
     base = codebook_gemv(x.float(), qweight, codebook, scale, bias)
     indices = select_channels(x, k_chunk, b_0, b_15, center)
     return (base + _residual_product(x, indices, residual, residual_scale, residual_bits, nested, codebook.shape[0],
-                                     center)).to(x.dtype)
+                                     center, row_scale)).to(x.dtype)
 
 
 def uniform_gemv_compensated(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None,
                              residual: Tensor, residual_scale: Tensor | None, residual_bits: int, nested: bool,
                              k_chunk: int, b_0: float | None = None, b_15: float | None = None,
-                             center: Tensor | None = None) -> Tensor:
+                             center: Tensor | None = None, row_scale: Tensor | None = None) -> Tensor:
     base = uniform_gemv(x.float(), qweight, scales, zeros, bias)
     indices = select_channels(x, k_chunk, b_0, b_15, center)
     return (base + _residual_product(x, indices, residual, residual_scale, residual_bits, nested, scales.shape[1],
-                                     center)).to(x.dtype)
+                                     center, row_scale)).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -110,6 +110,8 @@ def test_bias(codebook, uniform, residual, bias, got):
     ({"residual_scale": torch.ones(D_OUT).half()}, "residual_scale: expected float16 (groups, d_out) whose"),
     ({"residual_scale": torch.ones(1, 39).half()}, "residual_scale: expected contiguous float16 (1, 40)"),
     ({"residual_scale": torch.ones(1, D_OUT)}, "residual_scale: expected contiguous float16 (1, 40)"),
+    ({"row_scale": torch.ones(D_IN).half()}, "row_scale: expected contiguous float32 (128)"),
+    ({"row_scale": torch.ones(D_IN + 1)}, "row_scale: expected contiguous float32 (128)"),
     ({"residual": torch.zeros((128, 80), dtype=torch.uint8), "residual_bits": 16},
      "residual_scale: expected None with 16-bit residuals, got float16 (2, 40) on cpu"),
 ])

@@ -62,9 +62,10 @@ def assert_as_good(out, bias, *terms):
     assert error <= 2 * allowed + slack, f"error {error:.3g}, PyTorch's {allowed:.3g}, slack {slack:.3g}"
 
 
-def masked(x, indices, center=None):
-    """``x - center`` in float64 at the selected channels, 0 elsewhere."""
+def masked(x, indices, center=None, row_scale=None):
+    """``(x - center) * row_scale`` in float64 at the selected channels, 0 elsewhere."""
     x = x.double() if center is None else (x.float() - center).double()
+    x = x if row_scale is None else x * row_scale.double()
     mask = torch.zeros_like(x, dtype=torch.bool)
     for row, chosen in enumerate(indices.long()):
         mask[row, chosen[chosen >= 0]] = True
@@ -105,9 +106,12 @@ def random_case(draw, make_base, make_residual):
         x[:, draw.randrange(d_in)] *= 50  # an outlier channel
     bias = torch.randn(d_out).to(dtype).cuda() if draw.random() < 0.5 else None
     center = torch.randn(d_in).cuda() if draw.random() < 0.3 else None
+    row_scale = (torch.rand(d_in) * 4).cuda() if draw.random() < 0.3 else None
     workspace = torch.zeros(8 * d_out * batch, dtype=torch.uint8, device="cuda") if draw.random() < 0.7 else None
     poison()
-    out = compensated(form)(x, *cuda(base.args), bias, *cuda(residual.args), k_chunk, *limits, center, n_tb, workspace)
+    out = compensated(form)(
+        x, *cuda(base.args), bias, *cuda(residual.args), k_chunk, *limits, center, n_tb, workspace, row_scale=row_scale
+    )
     indices = ops.select_channels(x, k_chunk, *limits, center)
     try:
         assert workspace is None or not workspace.any(), "workspace not zero"
@@ -115,7 +119,8 @@ def random_case(draw, make_base, make_residual):
             indices.cpu(),
             reference.select_channels(x.cpu(), k_chunk, *limits, None if center is None else center.cpu()),
         )
-        assert_as_good(out, bias, (x, base.dense.t().cuda()), (masked(x, indices, center), residual.dense.cuda()))
+        values = masked(x, indices, center, row_scale)
+        assert_as_good(out, bias, (x, base.dense.t().cuda()), (values, residual.dense.cuda()))
     except AssertionError as error:
         raise AssertionError(f"{what}: {error}") from error
 
@@ -182,12 +187,13 @@ def test_residual_gemv(make_residual, bits, nested):
         residual = make_residual(d_in, d_out, bits, groups, nested)
         for dtype in DTYPES:
             x, center = torch.randn(3, d_in).to(dtype).cuda(), torch.randn(d_in).cuda()
+            row_scale = (torch.rand(d_in) * 4).cuda()
             indices = torch.stack([torch.randperm(d_in)[:k] for _ in range(3)]).to(torch.int32)
             indices[1:, k // 2 :] = -1
-            for given in (None, center):
+            for given in ((None, None), (center, None), (None, row_scale), (center, row_scale)):
                 poison()
-                out = ops.residual_gemv(x, indices.cuda(), *cuda(residual.args), d_out, given)
-                assert_as_good(out, None, (masked(x, indices.cuda(), given), residual.dense.cuda()))
+                out = ops.residual_gemv(x, indices.cuda(), *cuda(residual.args), d_out, *given)
+                assert_as_good(out, None, (masked(x, indices.cuda(), *given), residual.dense.cuda()))
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,9 @@ def test_residual_ops(make_residual, bits):
     residual = make_residual(D_IN, D_OUT, bits)
     indices = torch.tensor([[3, 700, -1]], dtype=torch.int32)
     opcheck(OPS.residual_dequantize.default, (*residual.args, D_OUT, torch.float16))
-    opcheck(OPS.residual_gemv.default, (torch.randn(1, D_IN), indices, *residual.args, D_OUT))
+    x, center, row_scale = torch.randn(1, D_IN), torch.randn(D_IN), torch.rand(D_IN)
+    opcheck(OPS.residual_gemv.default, (x, indices, *residual.args, D_OUT))
+    opcheck(OPS.residual_gemv.default, (x, indices, *residual.args, D_OUT, center, row_scale))
 
 
 @pytest.mark.parametrize("bits", (2, 8))
@@ -55,7 +57,8 @@ def test_residual_quantize(bits):
 def test_compensated_ops(base, residual):
     x, bias, center = torch.randn(2, D_IN), torch.randn(D_OUT), torch.randn(D_IN)
     opcheck(of_form(base, "gemv_compensated"), (x, *base.args, bias, *residual.args, 8))
-    opcheck(of_form(base, "gemv_compensated"), (x, *base.args, None, *residual.args, 8, 3.0, 2.0, center, 4, None))
+    opcheck(of_form(base, "gemv_compensated"), (x, *base.args, None, *residual.args, 8, 3.0, 2.0, center, 4, None),
+            {"row_scale": torch.rand(D_IN)})
 
 
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))

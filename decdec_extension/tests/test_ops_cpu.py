@@ -40,9 +40,10 @@ def assert_as_good(out, bias, *terms):
     assert error <= 2 * allowed + slack, f"error {error:.3g}, PyTorch's {allowed:.3g}"
 
 
-def masked(x, indices, center=None):
-    """``x - center`` in float64 at the selected channels, 0 elsewhere."""
+def masked(x, indices, center=None, row_scale=None):
+    """``(x - center) * row_scale`` in float64 at the selected channels, 0 elsewhere."""
     x = x.double() if center is None else x.double() - center.double()
+    x = x if row_scale is None else x * row_scale.double()
     mask = torch.zeros_like(x, dtype=torch.bool)
     for row, chosen in enumerate(indices.long()):
         mask[row, chosen[chosen >= 0]] = True
@@ -133,12 +134,12 @@ def test_nan_and_inf_are_never_selected(boundaries):
 def test_residual_gemv(make_residual, bits, nested, dtype):
     for d_in, d_out, k, groups in ((1, 1, 1, 1), (63, 15, 8, 1), (576, 192, 60, 9), (2500, 33, 300, 1), (8, 577, 0, 2)):
         residual = make_residual(d_in, d_out, bits, groups, nested)
-        x, center = torch.randn(3, d_in).to(dtype), torch.randn(d_in)
+        x, center, row_scale = torch.randn(3, d_in).to(dtype), torch.randn(d_in), torch.rand(d_in) * 4
         indices = torch.stack([torch.randperm(d_in)[:k].sort().values for _ in range(3)]).to(torch.int32)
         indices[1:, k // 2:] = -1
-        for given in (None, center):
-            out = ops.residual_gemv(x, indices, *residual.args, d_out, given)
-            assert_as_good(out, None, (masked(x, indices, given), residual.dense))
+        for given in ((None, None), (center, None), (None, row_scale), (center, row_scale)):
+            out = ops.residual_gemv(x, indices, *residual.args, d_out, *given)
+            assert_as_good(out, None, (masked(x, indices, *given), residual.dense))
 
 
 def test_residual_gemv_takes_indices_in_any_order(make_residual):
@@ -173,13 +174,15 @@ def test_compensated_gemv(make_base, make_residual, case, dtype):
     form, d_in, d_out, bits, group_size, residual_bits, groups, nested, k_chunk, boundaries = case
     base = make_base(form, d_in, d_out, bits, group_size)
     residual = make_residual(d_in, d_out, residual_bits, groups, nested)
-    for batch, with_bias, with_center in ((1, True, False), (3, False, True), (9, True, True)):
+    for batch, with_bias, with_center, scaled in (
+            (1, True, False, False), (3, False, True, True), (9, True, True, False), (2, True, False, True)):
         x = torch.randn(batch, d_in).to(dtype)
         bias = torch.randn(d_out).to(dtype) if with_bias else None
         center = torch.randn(d_in) if with_center else None
+        row_scale = torch.rand(d_in) * 4 if scaled else None
         limits = boundaries or (None, None)
-        out = compensated(base)(x, *base.args, bias, *residual.args, k_chunk, *limits, center)
-        values = masked(x, reference.select_channels(x, k_chunk, *limits, center), center)
+        out = compensated(base)(x, *base.args, bias, *residual.args, k_chunk, *limits, center, row_scale=row_scale)
+        values = masked(x, reference.select_channels(x, k_chunk, *limits, center), center, row_scale)
         assert_as_good(out, bias, (x, base.dense.t()), (values, residual.dense))
 
 
