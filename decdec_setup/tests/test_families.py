@@ -97,6 +97,16 @@ def test_full_residuals_restore_the_original(family, calibration, tmp_path, name
     assert restored < 0.01 < distance < 1
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_tied_embeddings_are_left_alone(family, calibration, tmp_path, method):
+    quantize(str(family("mistral")), method, 3, str(tmp_path / "out"), **calibration)
+    stored, original = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", family("mistral")))
+    assert torch.equal(stored["model.embed_tokens.weight"], original["model.embed_tokens.weight"])
+    assert not any(name.startswith("lm_head") for name in stored)
+    model = hub.load(tmp_path / "out")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_map_of_mixed_bits_is_made(family, calibration, tmp_path, name):
     for bits in (3, 4):

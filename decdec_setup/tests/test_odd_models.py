@@ -12,6 +12,7 @@ from decdec.linear import Compensation
 from decdec.models import load_model
 
 from cheatsheet import make_cheatsheet
+from mixed_precision import make_bit_map
 from quantize import METHODS, quantize
 from thresholds import make_thresholds
 
@@ -85,6 +86,22 @@ def test_hidden_states_beyond_float16_stay_finite(odd, calibration, tmp_path, me
     assert 65504 < seen[0] < 1e9
     quantize(str(source), method, 3, str(tmp_path / "out"), **calibration)
     make_thresholds(tmp_path / "out", **calibration)
+
+
+def test_text_shorter_than_asked_is_refused(odd, calibration, tmp_path):
+    source, out, text = odd(), tmp_path / "out", tmp_path / "short.txt"
+    text.write_text("Too short to calibrate on.")
+    short = calibration | {"text": str(text)}
+    for bits in (3, 4):
+        quantize(str(source), "rtn", bits, str(tmp_path / f"w{bits}"))
+    work = [lambda method=method: quantize(str(source), method, 3, str(out), **short) for method in METHODS if method != "rtn"]
+    work += [lambda: make_thresholds(tmp_path / "w3", **short),
+             lambda: make_bit_map(str(source), tmp_path / "w3", tmp_path / "w4", tmp_path / "map.json", **short)]
+    for attempt in work:
+        with pytest.raises(UserError, match="short.txt has 26 tokens; 1 windows of 64 need 64") as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+    assert not (out / "config.json").exists() and not (tmp_path / "w3" / "thresholds.pt").exists() and not (tmp_path / "map.json").exists()
 
 
 def test_groups_that_do_not_divide_the_inputs_are_refused(odd, calibration, tmp_path):
