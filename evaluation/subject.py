@@ -12,7 +12,7 @@ import decdec
 from decdec import artifacts, hub, models
 from decdec.errors import UserError
 from decdec.files import append_row, read_json, read_rows
-from decdec.linear import SELECTIONS, Compensation
+from decdec.compensated import SELECTIONS, Compensation
 
 # What tells two subjects and their compensation apart, in the key of every measurement.
 SUBJECT_KEY = ("model", "weights_hash", "method", "bits", "selection", "k_chunk", "residual_bits", "nested", "dtype", "seed")

@@ -1,71 +1,34 @@
-"""The compensated linear layer: packed base weights, residual rows in CPU memory, ``o = (W_q + R ⊙ M(x)) x``."""
+"""The compensated linear layer of this library: packed base weights, residual rows in CPU memory, ``o = (W_q + R ⊙ M(x)) x``."""
 
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from decdec import decode_ops, ops, packing
-from decdec.artifacts import Thresholds
+from decdec.compensated import Compensated, Compensation
 from decdec.errors import UserError
-from decdec.models import layer_kind
-from decdec.reference import CHUNK, chunk_counts
 
-SELECTIONS = ("bucket", "exact", "static", "random")
 # Up to this many rows the GEMV ops read the packed weights once for all of them; beyond it dequantizing pays.
 FEW_ROWS = 8
-# Rows compensated at once in prefill and evaluation: bounds the masked copy of x to this many rows.
-ROWS_AT_ONCE = 2048
 
 
-@dataclass(frozen=True)
-class Compensation:
-    """What a layer compensates. The defaults compensate nothing.
-
-    ``k_chunk``: channels in every 1024-wide chunk, 0..1024. ``selection``: ``bucket`` (the paper's), ``exact``,
-    ``static`` (largest mean square in calibration, over the whole vector) or ``random`` (without replacement in each
-    chunk, from ``seed``): the four of the paper's Figure 16. ``prefill``: also compensate inputs of several positions,
-    each position on its own channels. ``n_tb``: thread blocks that fetch on a GPU.
-    """
-
-    k_chunk: int = 0
-    selection: str = "bucket"
-    prefill: bool = False
-    n_tb: int = 8
-    seed: int = 0
-
-    def __post_init__(self):
-        if not isinstance(self.k_chunk, int) or not 0 <= self.k_chunk <= CHUNK:
-            raise UserError(f"k_chunk: expected an integer in 0..{CHUNK}, got {self.k_chunk!r}")
-        if self.selection not in SELECTIONS:
-            raise UserError(f"selection: expected one of {', '.join(SELECTIONS)}, got {self.selection!r}")
-        if not isinstance(self.n_tb, int) or self.n_tb < 1:
-            raise UserError(f"n_tb: expected a positive integer, got {self.n_tb!r}")
-
-
-class CompensatedLinear(nn.Module):
+class CompensatedLinear(Compensated):
     """A linear layer of packed weights that can add back the residual of its salient input channels.
 
     ``packed`` holds ``qweight``, ``codebook``, ``scale`` or ``qweight``, ``scales``, ``zeros`` (layouts:
     :mod:`decdec.packing`, :mod:`decdec.ops`); they become buffers that follow ``.to(device)`` but keep their dtypes.
     ``order`` int32 ``(in_features,)``, if given, is the order in which the packed weights take the inputs (GPTQ's
     activation order); residual rows and thresholds are then given in it too.
-    ``bias`` is ``(out_features,)``. ``parts`` are the names and widths of the layers fused into this one. The residual
-    rows are a plain attribute: no ``state_dict`` holds them, and ``.to()`` a GPU pins them in host memory
-    (:mod:`decdec.placement`; :func:`decdec.hub.set_compensation` pins those of all layers at once).
-
-    An input ``(..., positions, in_features)`` with one position is a decode step and is compensated; one with more is
-    prefill and is compensated only if ``compensation.prefill``. The output has the input's dtype.
+    ``bias`` is ``(out_features,)``. The output has the input's dtype.
     """
 
     def __init__(self, name: str, in_features: int, packed: Mapping[str, Tensor], bias: Tensor | None = None,
                  parts: Sequence[tuple[str, int]] | None = None):
-        super().__init__()
-        self.name, self.kind, self.in_features = name, layer_kind(name), in_features
         self.format = "codebook" if "codebook" in packed else "uniform"
+        out_features = packed["codebook"].shape[0] if self.format == "codebook" else packed["scales"].shape[1]
+        super().__init__(name, in_features, out_features, parts)
         names = ("qweight", "codebook", "scale") if self.format == "codebook" else ("qweight", "scales", "zeros")
         for key in names:
             self.register_buffer(key, packed[key])
@@ -75,18 +38,7 @@ class CompensatedLinear(nn.Module):
         else:
             self.order = None
         self._exact_dtypes = names
-        self.out_features = packed["codebook"].shape[0] if self.format == "codebook" else packed["scales"].shape[1]
         self.bits = self.qweight.shape[2]
-        self.parts = tuple(parts or [(name, self.out_features)])
-        # Plain attributes that follow the weights: no folder holds them, and accelerate moves no buffer that is None.
-        self.residual_scale: Tensor | None = None
-        self.row_scale: Tensor | None = None
-        self.static_channels: Tensor | None = None
-        self.residual: Tensor | None = None
-        self.residual_in, self.workspace = "host", None
-        self.residual_bits, self.nested = 0, False
-        self.thresholds: Thresholds | None = None
-        self.compensate(Compensation())
 
     @property
     def device(self) -> torch.device:
@@ -107,65 +59,17 @@ class CompensatedLinear(nn.Module):
             # .half() and the like: the packed form means what it says only in its own dtype.
             if moved.dtype != tensor.dtype:
                 setattr(self, key, tensor.to(moved.device))
-        for key in ("residual_scale", "row_scale", "static_channels"):
-            if getattr(self, key) is not None:
-                setattr(self, key, getattr(self, key).to(self.device))
-        if self.residual is not None and self.residual.device != self.device:
-            self.workspace = None
-            if self.device.type == "cuda":
-                from decdec.placement import place_residuals  # which knows this class
-
-                place_residuals([self], self.residual_in)
-            elif self.device.type == "cpu":
-                self.residual = self.residual.cpu()
         return self
 
     def set_residual(self, residual: Tensor, scale: Tensor | None, bits: int, nested: bool,
                      row_scale: Tensor | None = None) -> None:
-        """Take the residual: uint8 rows ``(in_features, row_bytes)``, float16 ``scale`` ``(groups, out_features)``, and float32
-        ``(in_features,)`` that the rows are multiplied with, if any."""
-        expected = (self.in_features, packing.residual_row_bytes(self.out_features, bits))
-        if residual.shape != expected or (scale is not None and scale.shape[1] != self.out_features):
-            raise UserError(f"layer {self.name}: residual: expected shape {expected}, got {tuple(residual.shape)}: "
-                            "a cheatsheet of another model")
-        self.residual, self.residual_bits, self.nested, self.workspace = residual, bits, nested, None
-        self.residual_scale = None if scale is None else scale.to(self.device)
+        super().set_residual(residual, scale, bits, nested, row_scale)
         if nested and self.format == "uniform" and scale is not None and torch.equal(self.residual_scale, self.scales):
             self.residual_scale = self.scales  # the base's own, kept once
-        self.row_scale = None if row_scale is None else row_scale.to(self.device)
-
-    def set_thresholds(self, largest: Tensor, mean_square: Tensor) -> None:
-        """Take what calibration saw of the input, each float32 ``(in_features,)`` (see ``artifacts.Thresholds``)."""
-        if largest.shape != (self.in_features,) or mean_square.shape != (self.in_features,):
-            raise UserError(f"layer {self.name}: thresholds: expected {self.in_features} channels, "
-                            f"got {tuple(largest.shape)}: thresholds of another model")
-        self.thresholds = Thresholds({}, {self.name: largest}, {self.name: mean_square})
-
-    def compensate(self, compensation: Compensation) -> None:
-        """Take new settings; ``k_chunk`` above 0 needs the residual, ``bucket`` and ``static`` the thresholds too."""
-        self.b_0 = self.b_15 = self.static_channels = self.generator = None
-        k_chunk, selection = compensation.k_chunk, compensation.selection
-        if k_chunk:
-            if self.residual is None:
-                raise UserError(f"layer {self.name}: k_chunk {k_chunk} needs the residual (cheatsheet.pt), not loaded")
-            if selection in ("bucket", "static") and self.thresholds is None:
-                raise UserError(f"layer {self.name}: {selection} selection needs thresholds.pt, none are loaded")
-            if selection == "bucket":
-                self.b_0, self.b_15 = self.thresholds.boundaries(self.name, k_chunk)
-            elif selection == "static":
-                order = torch.sort(self.thresholds.mean_square[self.name], descending=True, stable=True).indices
-                best = order[:sum(chunk_counts(self.in_features, k_chunk))].sort().values
-                self.static_channels = best.to(torch.int32).to(self.device)
-            elif selection == "random":
-                # Layers draw apart from each other, and alike in every run on one kind of device.
-                seed = compensation.seed + zlib.crc32(self.name.encode())
-                self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.compensation = compensation
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self._taken(x.reshape(x.numel() // self.in_features, self.in_features))
-        decoding = x.dim() < 2 or x.shape[-2] == 1
-        compensated = self.compensation.k_chunk > 0 and (decoding or self.compensation.prefill)
+        compensated = self._compensates(x)
         if 0 < rows.shape[0] <= FEW_ROWS:
             out = self._by_gemv(rows, compensated, self.bias)
         else:
@@ -206,24 +110,16 @@ class CompensatedLinear(nn.Module):
             return gemv(rows, *self._base(), bias, *self._residual(), self.compensation.k_chunk,
                         self.b_0, self.b_15, n_tb=self.compensation.n_tb, workspace=self.workspace,
                         norm=norm, norm_eps=norm_eps, row_scale=self.row_scale)
-        return self._by_gemv(rows, False, bias) + ops.residual_gemv(
-            rows, self.channels(rows), *self._residual(), self.out_features, row_scale=self.row_scale)
+        return self._by_gemv(rows, False, bias) + self._product_of_few(rows)
 
     def _by_matmul(self, rows: Tensor, compensated: bool) -> Tensor:
         out = F.linear(rows, self._dense(rows.dtype), self.bias)
         if compensated:
-            residual = ops.residual_dequantize(*self._residual(), self.out_features, rows.dtype)
-            if self.row_scale is not None:
-                residual *= self.row_scale[:, None]
-            for part, part_out in zip(rows.split(ROWS_AT_ONCE), out.split(ROWS_AT_ONCE)):
-                part_out += self._salient(part) @ residual
+            self._add_product(rows, out)
         return out
 
     def _base(self) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(getattr(self, key) for key in self._exact_dtypes)
-
-    def _residual(self) -> tuple[Tensor, Tensor | None, int, bool]:
-        return self.residual, self.residual_scale, self.residual_bits, self.nested
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The base weights ``W_q`` as ``(out_features, in_features)`` in ``dtype``, the inputs in their natural order."""
@@ -233,29 +129,6 @@ class CompensatedLinear(nn.Module):
     def _dense(self, dtype: torch.dtype) -> Tensor:
         dequantize = ops.codebook_dequantize if self.format == "codebook" else ops.uniform_dequantize
         return dequantize(*self._base(), self.in_features, dtype)
-
-    def channels(self, rows: Tensor) -> Tensor:
-        """Channels to compensate of ``rows`` in the packed weights' order, int32 ``(rows, k)``, -1 where a chunk has too
-        few finite values."""
-        setting = self.compensation
-        if setting.selection == "static":
-            return self.static_channels.expand(len(rows), -1).contiguous()
-        if setting.selection == "random":
-            chosen = []
-            for chunk, count in enumerate(chunk_counts(self.in_features, setting.k_chunk)):
-                width = min(CHUNK, self.in_features - chunk * CHUNK)
-                draw = torch.rand((len(rows), width), generator=self.generator, device=self.generator.device)
-                drawn = draw.topk(count, dim=1).indices
-                chosen.append(drawn.sort(dim=1).values + chunk * CHUNK)
-            return torch.cat(chosen, dim=1).to(torch.int32).to(rows.device)
-        return ops.select_channels(rows, setting.k_chunk, self.b_0, self.b_15)
-
-    def _salient(self, rows: Tensor) -> Tensor:
-        """``rows`` with every channel but the selected ones set to 0."""
-        channels = self.channels(rows)
-        spill = torch.where(channels < 0, self.in_features, channels).long()  # -1 goes to a column that is dropped
-        kept = torch.zeros((len(rows), self.in_features + 1), dtype=torch.bool, device=rows.device)
-        return torch.where(kept.scatter_(1, spill, True)[:, :-1], rows, 0)
 
 
 def concatenate_residuals(residuals: Sequence[Tensor], widths: Sequence[int], bits: int) -> Tensor:
