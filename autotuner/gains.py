@@ -1,12 +1,14 @@
 """What fetching is worth: predicted loss removed by compensating k_chunk channels, for each kind of layer.
 
-Two sources, the better one first:
+Of a folder there are two sources, the better one first:
 
 * ``gains.safetensors``, written into the model folder by measure_gains.py from gradients of the loss. In nats per
   token.
 * ``thresholds.pt`` alone: fetching channel c removes about ``x_c^2 |R_c|^2`` of a layer's squared output error (errors
   of different channels taken as independent), which is estimated from the largest |x| at each rank. As a
   fraction of the layer's squared output; layers count alike.
+
+Random weights have neither: their inputs are taken as standard normal, and layers count alike (:func:`of_normal_inputs`).
 """
 
 from collections.abc import Iterable
@@ -26,6 +28,7 @@ from decdec.reference import CHUNK, chunk_counts
 
 GAINS = "gains.safetensors"
 MEASURED, DERIVED = "nats per token", "fraction of squared output"
+NORMAL = "fraction of squared error, inputs standard normal"
 
 
 def read_gains(folder: str | Path, layers: Iterable[Layer]) -> tuple[dict[Layer, Tensor], str] | None:
@@ -50,6 +53,15 @@ def read_gains(folder: str | Path, layers: Iterable[Layer]) -> tuple[dict[Layer,
             raise UserError(f"{folder}: gains: {name} is no layer of this model")
         summed[key] += gain.double()
     return {layer: diminishing(summed[layer.kind, layer.bits, layer.block]) for layer in layers}, unit
+
+
+def of_normal_inputs(layers: Iterable[Layer]) -> dict[Layer, Tensor]:
+    """The gains where nothing is known of a layer: the share of its squared error that the largest of standard normal
+    inputs carry."""
+    tail = (torch.arange(CHUNK, dtype=torch.float64) + 0.5) / (2 * CHUNK)
+    carried = torch.special.ndtri(tail).square()
+    gain = torch.cat([torch.zeros(1, dtype=torch.float64), carried.cumsum(0) / carried.sum()])
+    return {layer: layer.count * gain for layer in layers}
 
 
 def diminishing(gain: Tensor) -> Tensor:

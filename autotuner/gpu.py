@@ -1,5 +1,7 @@
 """Times on the GPU that is here: CUDA events around graph replays that walk through more weights than the L2 holds."""
 
+import ctypes
+import functools
 import hashlib
 import shutil
 import statistics
@@ -28,23 +30,46 @@ def library_hash() -> str:
     return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
 
 
-@contextmanager
-def limited_to(sms: int | None) -> Iterator[None]:
-    """Run what is inside on ``sms`` SMs of the GPU (a green context); None for all of them."""
-    if sms is None:
-        yield
-        return
+@functools.cache
+def _green_context(sms: int):
+    """A part of the GPU. It lives as long as the process: torch may hand memory allocated in one to the next."""
     from torch.cuda import green_contexts
 
     if not green_contexts.SUPPORTED:
         raise UserError("sms: this build of torch cannot limit SMs (green contexts need CUDA 12.8 or later)")
     torch.cuda.init()
-    context = green_contexts.GreenContext.create(num_sms=sms, device_id=torch.cuda.current_device())
+    return green_contexts.GreenContext.create(num_sms=sms, device_id=torch.cuda.current_device())
+
+
+@contextmanager
+def limited_to(sms: int | None) -> Iterator[int | None]:
+    """Run what is inside on ``sms`` SMs of the GPU (a green context); None for all of them. Gives the SMs that the
+    driver granted: it deals them out by twos to eights, and rounds up."""
+    if sms is None:
+        yield None
+        return
+    context = _green_context(sms)
     context.set_context()
     try:
-        yield
+        yield _granted_sms()
     finally:
         context.pop_context()
+
+
+def _granted_sms() -> int:
+    """SMs of the current context, which torch does not tell."""
+    driver, context, resource = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(), (ctypes.c_uint32 * 128)()
+    found = driver.cuCtxGetCurrent(ctypes.byref(context)) or driver.cuCtxGetDevResource(context, resource, 1)
+    if found:
+        raise UserError(f"sms: the driver does not tell how many SMs it granted (error {found})")
+    return resource[24]  # CUdevResource.sm.smCount, 96 bytes from its start
+
+
+def _stream_here() -> torch.cuda.Stream:
+    """A new stream of the current context: torch's own belong to the context in which they were first asked for."""
+    handle = ctypes.c_void_p()
+    torch.cuda.check_error(torch.cuda.cudart().cudaStreamCreate(ctypes.addressof(handle)))
+    return torch.cuda.ExternalStream(handle.value)
 
 
 def _sample(run, calls: int, samples: int = SAMPLES) -> Sample:
@@ -139,18 +164,22 @@ class GpuTimer:
     def __init__(self, dtype: str, selection: str):
         self.dtype, self.selection = getattr(torch, dtype), selection
         self.banks: dict[Layer, _Bank] = {}
+        self.stream = _stream_here()
+        self.last: torch.cuda.CUDAGraph | None = None  # keeps the pool of captured memory, which the next one takes over
 
     def time(self, layer: Layer, n_tb: int, k_chunk: int) -> Sample:
         if layer not in self.banks:
             self.banks[layer] = _Bank(layer, self.dtype, self.selection)
         bank = self.banks[layer]
-        graph = torch.cuda.CUDAGraph()
         bank.call(0, n_tb, k_chunk)  # outside the capture, for what the first call of a kernel sets up
-        # A green context has its own stream, the current one; the default stream cannot be captured.
-        current = torch.cuda.current_stream()
-        stream = current if current != torch.cuda.default_stream() else torch.cuda.Stream()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
+        # Not by torch.cuda.graph: it returns all unused memory to the driver at every capture, which takes longer than
+        # what is measured here.
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(*([self.last.pool()] if self.last else []))
             for copy in range(bank.copies):
                 bank.call(copy, n_tb, k_chunk)
+            graph.capture_end()
+        self.last = graph
         return _sample(graph.replay, bank.copies)

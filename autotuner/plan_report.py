@@ -40,12 +40,17 @@ def text(plan: Plan) -> str:
 
 
 def rows(plan: Plan) -> Iterator[dict]:
-    """One row for each target and kind of layer; percentages are of that kind's own base time."""
+    """One row for each target, kind of layer and setting; ``count`` layers share it. Times are over that kind's own base
+    time."""
     for tuned in plan.tuned:
+        same = {}
         for choice in tuned.choices:
+            same.setdefault((choice.kind, choice.bits, choice.n_tb, choice.k_chunk), []).append(choice)
+        for choice, *others in same.values():
+            count = sum(one.count for one in (choice, *others))
             yield {"shapes": plan.model, "method": plan.method, "bits": choice.bits,
                    "target": tuned.target_percent, "scope": tuned.scope, "objective": tuned.objective,
-                   "kind": choice.kind, "block": choice.block, "n_tb": choice.n_tb, "k_chunk": choice.k_chunk,
+                   "kind": choice.kind, "count": count, "n_tb": choice.n_tb, "k_chunk": choice.k_chunk,
                    "base_us": choice.base_us, "predicted": choice.predicted_us / choice.base_us,
                    "measured": choice.measured_us and choice.measured_us / choice.base_us,
                    "predicted_percent": tuned.predicted_percent, "measured_percent": tuned.measured_percent,

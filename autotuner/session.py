@@ -20,7 +20,7 @@ from decdec.files import config_hash
 from decdec.sizes import NAMED
 
 DTYPES = ("float16", "bfloat16")
-SELECTIONS = ("bucket", "exact")
+SELECTIONS = ("exact", "bucket")
 SIMULATED = "simulated"  # and a hash of the rates stands for the kernels' hash in a simulation
 LAW = "law"  # added where the paper's law alone is simulated
 
@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--simulate", metavar="GPU", help=f"a GPU that is not here: {', '.join(datasheet.GPUS)}")
     parser.add_argument("--law", action="store_true",
                         help="simulate by the paper's law (section 5.1), without fixed costs")
-    parser.add_argument("--selection", choices=SELECTIONS, default="bucket",
-                        help="channel selection (default bucket, the paper's)")
+    parser.add_argument("--selection", choices=SELECTIONS, default="exact",
+                        help="channel selection: exact (the default, as the runtime's) or bucket (the paper's)")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of activations (default float16)")
     parser.add_argument("--profile", required=True, metavar="FILE", help="JSON-lines file of measured times")
 
@@ -57,7 +57,7 @@ def model_shapes(arguments: argparse.Namespace, each_block: bool = False) -> Sha
         raise UserError("model: expected either a model folder or --random-weights NAME")
     if arguments.model is not None:
         return shapes.from_folder(arguments.model, each_block)
-    return shapes.random_weights(arguments.random_weights, arguments.bits, arguments.format)
+    return shapes.random_weights(arguments.random_weights, arguments.bits, arguments.format, each_block)
 
 
 @contextmanager
@@ -82,10 +82,10 @@ def open_session(arguments: argparse.Namespace, sms: int | None):
         raise UserError("no GPU here (torch finds none): use --simulate GPU to tune for one from its data sheet")
     import gpu
 
-    device = plan.Device(here.name, sms or here.sms)
-    if device.sms > here.sms:
-        raise UserError(f"sms: {here.name} has {here.sms} SMs, {device.sms} were asked for")
-    with gpu.limited_to(device.sms if sms else None):
+    if sms is not None and sms > here.sms:
+        raise UserError(f"sms: {here.name} has {here.sms} SMs, {sms} were asked for")
+    with gpu.limited_to(sms) as granted:
+        device = plan.Device(here.name, granted or here.sms)
         timer = gpu.GpuTimer(arguments.dtype, arguments.selection)
         conditions = _conditions(arguments, device, gpu.library_hash())
         yield Session(device, conditions, gpu.measure_rates(device.sms), timer, gpu.facts())

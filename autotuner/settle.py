@@ -51,32 +51,38 @@ def settle(timings: Timings, profiler: Profiler | None, decision: Decision, targ
 
 
 def settle_token(timings: Timings, profiler: Profiler | None, decision: Decision, target: Target,
-                 token_percent: Callable[[Settled], float]) -> Settled:
+                 token_percent: Callable[[Settled], float], ratio: float = 1.0) -> tuple[Settled, float]:
     """Choose for an end-to-end ``target`` and have a runtime measure it (``token_percent``), until the choice keeps the
     target and the runtime agrees with the prediction within ``AGREE`` points.
 
-    In a runtime kernels overlap, so that a token's slow-down is not the sum of theirs. The ratio of the two, as the
-    last measurement showed it, is part of the next prediction.
+    In a runtime kernels overlap, so that a token's slow-down is not the sum of theirs. The ``ratio`` of the two, as the
+    last measurement showed it, is part of the next prediction; it is returned too, for the next target to begin with.
+    Choices aim a little below the target, so that noise does not carry them over it. Where nothing agrees, the choice
+    that keeps the target most closely is taken, or failing that the fastest.
     """
-    ratio = 1.0
-    best = None
+    aim = target.percent - min(AGREE / 2, 0.1 * target.percent)
+    tried = []
     for _ in range(ATTEMPTS):
-        allowed = replace(target, percent=target.percent / ratio)
+        allowed = replace(target, percent=aim / ratio)
         if profiler is not None:
             refine(profiler, [lambda table, allowed=allowed: decision(table, allowed)])
         settled = _predicted(timings, dict(decision(timings, allowed)), target)
         by_kernels = settled.predicted_percent
         if by_kernels <= 0:  # nothing is compensated
-            return replace(settled, measured_percent=0.0)
+            tried.append(replace(settled, measured_percent=0.0))
+            break
         settled = replace(settled, predicted_percent=ratio * by_kernels)
         settled = replace(settled, measured_percent=token_percent(settled))
+        tried.append(settled)
         keeps = settled.measured_percent <= target.percent
-        if keeps and abs(settled.measured_percent - settled.predicted_percent) <= AGREE:
-            return settled
-        if keeps or best is None:
-            best = settled
-        ratio = max(0.1, settled.measured_percent / by_kernels, 1.02 * ratio if not keeps else 0.0)
-    return best
+        agrees = abs(settled.measured_percent - settled.predicted_percent) <= AGREE
+        ratio = max(0.1, settled.measured_percent / by_kernels, 0.0 if keeps else 1.02 * ratio)
+        if keeps and agrees:
+            return settled, ratio
+    keeping = [settled for settled in tried if settled.measured_percent <= target.percent]
+    if keeping:
+        return max(keeping, key=lambda settled: settled.measured_percent), ratio
+    return min(tried, key=lambda settled: settled.measured_percent), ratio
 
 
 def _measured(timings: Timings, profiler: Profiler, settings: dict[Layer, Setting], target: Target) -> Settled:

@@ -57,17 +57,18 @@ class Shapes:
     weights_hash: str | None = None
 
 
-def random_weights(name: str, bits: float, format: str) -> Shapes:
+def random_weights(name: str, bits: float, format: str, each_block: bool = False) -> Shapes:
     """A known model's shapes; ``bits`` 3.5 is half of the blocks at 3 and half at 4 bits. Uniform weights have groups
-    of 128."""
+    of 128. Blocks are told apart only if ``each_block``."""
     if name not in NAMED:
         raise UserError(f"random-weights: expected one of {', '.join(NAMED)}, got {name!r}")
     hidden, mlp, heads, kv_heads, blocks, vocabulary = NAMED[name]
     widths = {"qkv": (hidden, HEAD_DIM * (heads + 2 * kv_heads)), "o": (HEAD_DIM * heads, hidden),
               "gu": (hidden, 2 * mlp), "d": (mlp, hidden)}
-    parts = Counter(bits_of_blocks(bits, blocks))
+    parts = Counter((b, block if each_block else None) for block, b in enumerate(bits_of_blocks(bits, blocks)))
     group = None if format == "codebook" else 128
-    layers = tuple(Layer(kind, b, *widths[kind], count, format, group) for b, count in parts.items() for kind in KINDS)
+    layers = tuple(Layer(kind, b, *widths[kind], count, format, group, block=block)
+                   for (b, block), count in parts.items() for kind in KINDS)
     return Shapes(name, f"random {format}", layers, 2 * hidden * vocabulary)
 
 

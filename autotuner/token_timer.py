@@ -37,20 +37,24 @@ class TokenTimer:
 
     def base_ms(self) -> float:
         """Milliseconds of a token without compensation."""
-        return self._ask({})["base_ms"]
+        return self._ask({}, "base_ms")["base_ms"]
 
     def slowdown_percent(self, candidate: Plan) -> float:
         """How much longer a token takes as ``candidate`` says for its first target."""
         path = Path(self._folder.name) / plan.PLAN
         plan.save_plan(path, candidate)
-        answer = self._ask({"plan": str(path), "target": candidate.at().target_percent})
+        answer = self._ask({"plan": str(path), "target": candidate.at().target_percent}, "base_ms", "ms")
         return 100 * (answer["ms"] / answer["base_ms"] - 1)
 
-    def _ask(self, question: dict) -> dict:
+    def _ask(self, question: dict, *times: str) -> dict[str, float]:
+        """The answer, which must hold these ``times``, in milliseconds."""
         try:
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
-            return json.loads(self._process.stdout.readline())
-        except (OSError, json.JSONDecodeError):
-            raise UserError(f"timer: {self.command!r} ended, or answered with something else than a line of "
-                            "JSON") from None
+            answer = json.loads(self._process.stdout.readline())
+            if all(answer[name] > 0 for name in times):
+                return answer
+        except (OSError, json.JSONDecodeError, KeyError, TypeError):
+            pass
+        raise UserError(f"timer: {self.command!r} ended, or answered with something else than a line of JSON with "
+                        f"{' and '.join(times)}")

@@ -62,13 +62,13 @@ def tune(shapes: Shapes, session: Session, rows: list[dict], targets: list[Targe
                     session.rates.dram_gb_s, session.rates.link_gb_s, unit, versions, tuple(tuned))
 
     versions = {"torch": torch.__version__, "python": platform.python_version(), "library": session.conditions.library}
-    tuned = []
+    tuned, ratio = [], 1.0
     for target in targets:
         if token_timer is None:
             settled = settle(timings, profiler, decision, target, afresh=not session.device.simulated)
         else:
-            settled = settle_token(timings, profiler, decision, target, lambda settled, target=target:
-                                   token_timer.slowdown_percent(plan_of([tuned_of(target, settled)])))
+            settled, ratio = settle_token(timings, profiler, decision, target, lambda settled, target=target:
+                                          token_timer.slowdown_percent(plan_of([tuned_of(target, settled)])), ratio)
         tuned.append(tuned_of(target, settled))
         if (settled.measured_percent or 0.0) > target.percent:
             print(f"warning: target {target.percent:g} %: no choice was measured to keep it, the last took "
@@ -109,7 +109,8 @@ def main() -> None:
                         help="has end-to-end targets measured by a runtime, such as 'python end-to-end/time_plans.py "
                              "--model FOLDER'")
     parser.add_argument("--objective", choices=decide.OBJECTIVES,
-                        help="quality (default where the folder has calibration data) or the paper's phases")
+                        help="quality (default where the folder has calibration data; random weights are taken to "
+                             "have normal inputs) or the paper's phases")
     parser.add_argument("--each-block", action="store_true",
                         help="choose for every block by itself; by predicted quality only")
     parser.add_argument("--out", help=f"plan to write (default {plan.PLAN} in the folder)")
@@ -122,15 +123,17 @@ def main() -> None:
     if arguments.out is None and arguments.model is None:
         raise UserError("out: random weights have no folder; say where the plan goes")
 
-    if arguments.each_block and (arguments.model is None or arguments.objective == "paper"):
-        raise UserError("each-block: blocks differ only in what their calibration data say: it needs a folder, and "
-                        "goes with --objective quality")
+    by_quality = arguments.objective == "quality" or arguments.each_block
+    if arguments.each_block and arguments.objective == "paper":
+        raise UserError("each-block: goes with --objective quality; the paper's phases know kinds of layers only")
 
     shapes, rows = sessions.model_shapes(arguments, arguments.each_block), read_profile(arguments.profile)
     gains = None
     if arguments.objective != "paper" and arguments.model is not None:
         gains = gains_of.read_gains(arguments.model, shapes.layers)
-    if gains is None and (arguments.objective == "quality" or arguments.each_block):
+    elif by_quality:
+        gains = gains_of.of_normal_inputs(shapes.layers), gains_of.NORMAL
+    if gains is None and by_quality:
         raise UserError("objective: quality needs calibration data: a folder with gains.safetensors "
                         "(measure_gains.py), or with a thresholds.pt that holds the energy of residuals")
     with ExitStack() as stack:

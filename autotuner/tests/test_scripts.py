@@ -11,10 +11,10 @@ import run_profile
 import table3
 import torch
 import tuner
-from gains import DERIVED, GAINS, MEASURED, diminishing, read_gains
+from gains import DERIVED, GAINS, MEASURED, NORMAL, diminishing, of_normal_inputs, read_gains
 from measure_gains import at_k_chunk, removed_by_rank
 from safetensors.torch import save_file
-from shapes import from_folder
+from shapes import from_folder, random_weights
 
 from decdec import hub
 from decdec.artifacts import read_quant_config
@@ -143,7 +143,7 @@ def test_the_whole_stage_on_a_folder_and_its_plan_is_refused_elsewhere(call, fol
     apply(plan, model, prefill=True)
     for layer in hub.compensated_layers(model).values():
         choice = plan.at().choice(layer.kind, layer.bits)
-        assert layer.compensation == Compensation(choice.k_chunk, "bucket", prefill=True, n_tb=choice.n_tb)
+        assert layer.compensation == Compensation(choice.k_chunk, "exact", prefill=True, n_tb=choice.n_tb)
     with pytest.raises(UserError, match="tuned for 200 %, not for 5 %"):
         apply(plan, model, 5)
     with pytest.raises(UserError, match="tuned for a simulated 4050M with 20 SMs, but this is H100 with 132 SMs"):
@@ -177,8 +177,32 @@ def test_each_block_by_itself(call, folder, tmp_path):
     apply(plan, model)
     for layer in hub.compensated_layers(model).values():
         assert layer.compensation.k_chunk == chosen[layer.kind, block_of(layer.name)]
-    with pytest.raises(UserError, match="each-block: blocks differ only in"):
-        call(tuner, *simulated, "--each-block", "--objective", "paper")
+
+
+def test_without_calibration_data_quality_is_refused(call, folder, tmp_path):
+    for file in ("config.json", "model.safetensors", "cheatsheet.pt"):
+        (tmp_path / file).symlink_to(folder / file)
+    simulated = (tmp_path, "--simulate", "4050M", "--profile", tmp_path / "rows")
+    call(run_profile, *simulated)
+    for asked in (("--each-block",), ("--objective", "quality")):
+        with pytest.raises(UserError, match="quality needs calibration data"):
+            call(tuner, *simulated, *asked)
+
+
+def test_blocks_of_random_weights_use_up_what_kinds_leave(call, profile, tmp_path):
+    """All blocks together cost too much or leave room; one more or less is finer than half a point."""
+    chosen = {}
+    for objective in ("--each-block",), ("--objective", "quality"), ("--objective", "paper"):
+        call(tuner, *RANDOM, "--profile", profile, "--out", tmp_path / "plan", "--target", 20, "--scope", "end-to-end",
+             *objective, "--rows", tmp_path / "rows.jsonl")
+        chosen[objective[-1]] = load_plan(tmp_path / "plan")
+    blocks, kinds, papers = (plan.at() for plan in chosen.values())
+    assert chosen["quality"].gain_source == NORMAL and 19.5 < blocks.predicted_percent <= 20
+    assert blocks.gain > 0.999 * kinds.gain > 0 and papers.gain is None  # fronts of many classes are thinned
+    assert len(blocks.choices) == 32 * len(kinds.choices) == 32 * 4
+    rows = read_rows(tmp_path / "rows.jsonl")
+    for objective in {row["objective"] for row in rows}:
+        assert sum(row["count"] for row in rows if row["objective"] == objective) == 32 * 4
 
 
 def test_gains_without_gradients_come_from_thresholds(folder):
@@ -206,6 +230,15 @@ def test_removed_loss_is_that_of_a_quadratic():
     order = x[:, :1024].abs().argmax(dim=1), x[:, 1024:].abs().argmax(dim=1) + 1024
     first = sum(float(-0.5 * x[t, c] * (gradient[t] @ residual[c])) for best in order for t, c in enumerate(best))
     assert gain[1] == pytest.approx(first, rel=1e-4)
+
+
+def test_gains_of_normal_inputs_are_those_of_drawn_ones():
+    layer = random_weights("llama-3-8b", 3, "codebook").layers[0]
+    gain, = of_normal_inputs([layer]).values()
+    drawn = torch.randn(2000, 1024, generator=torch.Generator().manual_seed(0)).square().sort(descending=True).values
+    share = (drawn.cumsum(1) / drawn.sum(1, keepdim=True)).mean(0)
+    assert gain[0] == 0 and gain[1024] == pytest.approx(layer.count)
+    assert torch.allclose(gain[1:] / layer.count, share.double(), atol=2e-3)
 
 
 def test_returns_diminish():
@@ -238,13 +271,14 @@ def test_no_gpu_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("arguments, says", [
     (("--profile", "none"), "no such file"),
-    (("--selection", "exact"), "no base time"),
-    (("--objective", "quality"), "quality needs calibration data"),
+    (("--selection", "bucket"), "no base time"),
+    (("--each-block", "--objective", "paper"), "each-block: goes with"),
     (("--scope", "end-to-end", "--token-ms", "1"), "the linear layers alone take"),
     (("--profile", "text"), "line 1"),
     (("--timer", "true"), "it goes with --scope end-to-end"),
     (("--scope", "end-to-end", "--timer", "no-such-command"), "no-such-command' cannot be run"),
     (("--scope", "end-to-end", "--timer", "true"), "'true' ended, or answered with"),
+    (("--scope", "end-to-end", "--timer", "cat"), "something else than a line of JSON with base_ms"),
     (("--target", "-1"), "target")])
 def test_tuner_refusals(call, profile, tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
