@@ -113,7 +113,7 @@ tuned() {  # NAME GPU...: perplexity and simulated time at the tuner's targets o
         for gpu in "${@:2}"; do
             made+=("$plans/$(basename "$folder")-$gpu.json")
             [ -f "${made[-1]}" ] && continue
-            local simulated=("$folder" --simulate "$gpu" ${LAW:+--law} --profile "$plans/$gpu.jsonl")
+            local simulated=("$folder" --simulate "$gpu" ${LAW:+--law} --selection bucket --profile "$plans/$gpu.jsonl")
             "$python" "$tuner/run_profile.py" "${simulated[@]}"
             # shellcheck disable=SC2086
             "$python" "$tuner/tuner.py" "${simulated[@]}" --target ${TARGETS:-2.5 5 10 20} --out "${made[-1]}"
