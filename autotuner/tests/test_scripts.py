@@ -24,25 +24,9 @@ from decdec.linear import Compensation
 from decdec.models import block_of
 from decdec.plan import Device, apply, load_plan
 from decdec.testing import refused, run_script
-from decdec.tiny import make_model
 
 ROOM = Path(__file__).parents[1]
-SETUP = ROOM.parent / "decdec_setup"
 RANDOM = ("--random-weights", "llama-3-8b", "--simulate", "4050M")
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    """The tiny model at 3 bits with cheatsheet.pt and thresholds.pt."""
-    original = make_model(tmp_path_factory.mktemp("tuner") / "tiny")
-    out = original.parent / "tiny-w3"
-    text = ("--text", "pydoc", "--samples", 4, "--length", 64)
-    quantize = ("--model", original, "--method", "rtn", "--bits", 3, "--out", out)
-    for script, *arguments in (("quantize.py", *quantize, *text), ("cheatsheet.py", out),
-                               ("thresholds.py", out, *text)):
-        result = run_script(SETUP / script, *arguments)
-        assert result.returncode == 0, result.stderr
-    return out
 
 
 @pytest.fixture(scope="session")
@@ -52,17 +36,6 @@ def profile(tmp_path_factory) -> Path:
         patch.setattr(sys, "argv", ["run_profile.py", *RANDOM, "--profile", str(path)])
         run_profile.main()
     return path
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a script's main here, which saves the seconds that a new process takes to import torch; returns what it
-    printed."""
-    def run_main(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
-        script.main()
-        return capsys.readouterr().out
-    return run_main
 
 
 def test_simulated_targets_give_a_plan_near_the_papers_table_3(call, profile, tmp_path):

@@ -1,0 +1,91 @@
+"""What only a GPU can show: times are those of the SMs asked for, captures share their memory, a measured plan is
+followed, and an end-to-end target is met by the runtime."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import run_profile
+import torch
+import tuner
+from shapes import random_weights
+
+from decdec import hub
+from decdec.artifacts import read_quant_config
+from decdec.plan import load_plan, this_device
+from decdec.testing import run_script
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+RUNTIME = Path(__file__).parents[2] / "end-to-end"
+QKV, O, GU, D = random_weights("llama-3-8b", 3, "codebook").layers
+
+
+def test_fewer_sms_take_longer_and_all_are_there_again_afterwards():
+    import gpu  # here, since it loads CUDA ops
+
+    def base_us(sms):
+        with gpu.limited_to(sms) as granted:
+            granted = granted or this_device().sms
+            return granted, gpu.GpuTimer("float16", "exact").time(GU, 0, 0).us
+
+    everything, whole = base_us(None)
+    for asked in (16, 20, 64):  # 20 is rounded up where the driver deals out eights
+        granted, us = base_us(asked)
+        assert asked <= granted < asked + 8
+        assert us > 1.5 * whole * min(1, everything / granted / 4)
+    assert base_us(None)[1] == pytest.approx(whole, rel=0.1)
+
+
+def test_captures_share_their_memory_and_agree():
+    import gpu
+
+    timer = gpu.GpuTimer("float16", "exact")
+    first = [timer.time(layer, 8, 8).us for layer in (O, QKV)]
+    reserved = torch.cuda.memory_reserved()
+    for k_chunk in range(1, 21):
+        timer.time(O, 8, k_chunk)
+    again = [timer.time(layer, 8, 8).us for layer in (O, QKV)]
+    assert torch.cuda.memory_reserved() == reserved
+    assert again == pytest.approx(first, rel=0.1)
+
+
+@pytest.fixture
+def plan(call, folder, tmp_path):
+    """The tiny model's plan for this GPU; its layers are so small that anything fetched shows."""
+    profile = tmp_path / "rows.jsonl"
+    call(run_profile, folder, "--profile", profile, "--target", 200)
+    call(tuner, folder, "--profile", profile, "--target", 200, "--objective", "paper")
+    made = load_plan(folder / "plan.json", read_quant_config(folder), this_device())
+    assert any(choice.k_chunk for choice in made.at().choices) and 0 < made.at().measured_percent <= 200
+    yield made
+    (folder / "plan.json").unlink()
+
+
+def test_a_measured_plan_is_followed(folder, plan):
+    model = hub.load(folder, torch.float16).to("cuda")
+    hub.set_compensation(model, "plan")
+    for layer in hub.compensated_layers(model).values():
+        choice = plan.at().choice(layer.kind, layer.bits)
+        used = layer.compensation
+        assert (used.k_chunk, used.selection) == (choice.k_chunk, "exact") and used.n_tb == choice.n_tb
+    assert model(torch.arange(1, 2, device="cuda")[None]).logits.isfinite().all()
+
+
+def test_generate_follows_the_folders_plan_and_leaves_that_of_another_gpu_aside(folder, plan):
+    generate = RUNTIME / "generate.py", "--model", folder, "--prompt", "Hello", "--max-new-tokens", 4
+    assert f"following {folder / 'plan.json'}: qkv 3-bit k_chunk" in run_script(*generate).stderr
+    content = json.loads((folder / "plan.json").read_text())
+    content["device"]["sms"] += 1
+    (folder / "plan.json").write_text(json.dumps(content))
+    assert "not compensating: " in (said := run_script(*generate).stderr) and "tuned for" in said
+
+
+def test_the_runtime_meets_an_end_to_end_target(call, folder, tmp_path):
+    profile = tmp_path / "rows.jsonl"
+    call(run_profile, folder, "--profile", profile, "--target", 20)
+    timer = f"{sys.executable} {RUNTIME / 'time_plans.py'} --model {folder} --new-tokens 32"
+    call(tuner, folder, "--profile", profile, "--target", 20, "--scope", "end-to-end", "--each-block", "--timer", timer,
+         "--out", tmp_path / "plan.json")
+    tuned = load_plan(tmp_path / "plan.json").at()
+    assert 0 <= tuned.measured_percent <= 20 and tuned.rest_us > 0
