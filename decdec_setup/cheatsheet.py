@@ -1,7 +1,8 @@
 """Writes the residuals of a quantized model, what DecDEC fetches from CPU memory: cheatsheet.pt.
 
 Either of a folder made by quantize.py, or (--original, --quantized) of any two Hugging Face folders, the second holding
-fake-quantized weights. For AWQ the original is the scaled one, rebuilt from the base model.
+fake-quantized weights. For AWQ the original is the scaled one, rebuilt from the base model. With --repaired they are the
+residuals of what repair.py's static repair leaves: cheatsheet_repaired.pt.
 """
 
 import argparse
@@ -16,7 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from decdec import reference
-from decdec.artifacts import CHEATSHEET, Cheatsheet, QuantConfig, load_cheatsheet, read_quant_config, save_cheatsheet
+from decdec.artifacts import (CHEATSHEET, REPAIR, REPAIRED_CHEATSHEET, Cheatsheet, QuantConfig, Repair, load_cheatsheet,
+                              load_repair, read_quant_config, save_cheatsheet)
 from decdec.errors import UserError, run
 from decdec.files import tensors_hash
 from decdec.models import block_of, decoder_blocks, decoder_linears, layer_kind, load_model, original_of
@@ -36,28 +38,32 @@ Layer = tuple[str, Callable[[], tuple[Tensor, Tensor, Tensor | None, Tensor | No
 
 
 def make_cheatsheet(folder: str | Path, model: str | None = None, bits: int | None = None, nested: bool = False,
-                    layout: str = "decdec", out: str | Path | None = None, device: str = "cpu") -> Path | None:
+                    layout: str = "decdec", out: str | Path | None = None, device: str = "cpu",
+                    repaired: bool = False) -> Path | None:
     """Write the cheatsheet of a folder made by quantize.py; returns its path, None if it was there already.
 
-    Residuals in the paper's form, of 4 bits unless said otherwise, or ``nested``, of 2.
+    Residuals in the paper's form, of 4 bits unless said otherwise, or ``nested``, of 2; ``repaired``: of what the folder's static
+    repair leaves.
     """
     bits = bits or (2 if nested else 4)
-    _check(bits, nested, layout)
+    _check(bits, nested, layout, repaired)
     folder = Path(folder)
     quant = read_quant_config(folder)
-    out = Path(out) if out else folder / (CHEATSHEET if layout == "decdec" else f"original/{CHEATSHEET}")
-    if layout == "decdec" and _is_there(out, quant, bits, nested):
+    repair = load_repair(folder / REPAIR, quant) if repaired else None
+    name = REPAIRED_CHEATSHEET if repaired else CHEATSHEET
+    out = Path(out) if out else folder / (name if layout == "decdec" else f"original/{name}")
+    if layout == "decdec" and _is_there(out, quant, bits, nested, repair):
         return None
     if nested and quant.ordered:
         raise UserError(f"nested: expected a folder whose groups are consecutive inputs, {folder} has them in activation order")
     base = BaseModel(local_folder(model or original_of(folder, quant.base_model)))
-    layers = _packed_layers(folder, base, nested, device)
-    return _write(out, layers, len(base.linears()) - len(quant.dense), quant, bits, nested, layout, base.prefix)
+    layers = _packed_layers(folder, base, nested, device, repair)
+    return _write(out, layers, len(base.linears()) - len(quant.dense), quant, bits, nested, layout, base.prefix, repair)
 
 
 def make_from_two_folders(original: str, quantized: str, out: str | Path, bits: int = 4, layout: str = "decdec") -> Path:
     """Write the cheatsheet of ``quantized``, a model folder of fake-quantized weights, against ``original``."""
-    _check(bits, False, layout)
+    _check(bits, False, layout, False)
     base, fake = load_model(original), load_model(quantized)
     weights = {name: module.weight.detach() for name, module in decoder_linears(fake).items()}
     for name, module in decoder_linears(base).items():
@@ -70,25 +76,25 @@ def make_from_two_folders(original: str, quantized: str, out: str | Path, bits: 
     return _write(Path(out), layers, len(weights), quant, bits, False, layout, decoder_blocks(base)[0])
 
 
-def _check(bits: int, nested: bool, layout: str) -> None:
+def _check(bits: int, nested: bool, layout: str, repaired: bool) -> None:
     allowed = NESTED_BITS if nested else PAPER_BITS
     if bits not in allowed:
         raise UserError(f"bits: expected one of {allowed}{' for nested residuals' if nested else ''}, got {bits}")
     if layout not in LAYOUTS:
         raise UserError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
-    if layout == "original" and (bits != 4 or nested):
-        raise UserError("layout: the original's holds 4-bit residuals with a scale per output channel only")
+    if layout == "original" and (bits != 4 or nested or repaired):
+        raise UserError("layout: the original's holds 4-bit residuals with a scale per output channel only, and knows no repair")
 
 
-def _is_there(path: Path, quant: QuantConfig, bits: int, nested: bool) -> bool:
+def _is_there(path: Path, quant: QuantConfig, bits: int, nested: bool, repair: Repair | None) -> bool:
     try:
         sheet = load_cheatsheet(path, quant)
     except UserError:
         return False
-    return (sheet.bits, sheet.nested) == (bits, nested)
+    return (sheet.bits, sheet.nested, sheet.repair) == (bits, nested, repair and repair.hash)
 
 
-def _packed_layers(folder: Path, base: BaseModel, nested: bool, device: str) -> Iterator[Layer]:
+def _packed_layers(folder: Path, base: BaseModel, nested: bool, device: str, repair: Repair | None) -> Iterator[Layer]:
     scaling, quantized = read_scaling(folder), QuantizedBlocks(folder)
     shapes = {name: module.weight.shape for name, module in base.linears().items() if name not in quantized.quant.dense}
     sharing = defaultdict(list)  # the layers that read one input
@@ -97,14 +103,19 @@ def _packed_layers(folder: Path, base: BaseModel, nested: bool, device: str) -> 
 
     def weights(name: str) -> tuple[Tensor, Tensor]:
         original = scaled_state(f"{name}.weight", base.tensor(f"{name}.weight").to(device), scaling).float()
-        return original, quantized.weight(name, shapes[name], device)
+        rounded = quantized.weight(name, shapes[name], device)
+        if repair and name in repair.layers:
+            static = repair.layers[name].to(rounded.device, torch.float32)
+            rounded += static.up @ static.down
+        return original, rounded
 
     @functools.lru_cache(maxsize=1)
     def row_scale(block: int, kind: str) -> Tensor:
         return row_scale_of([original - rounded for original, rounded in map(weights, sharing[block, kind])])
 
     def load(name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        uniform = quantized.quant.format == "uniform"
+        # What a repair leaves lies within the base grid's step no more.
+        uniform = quantized.quant.format == "uniform" and not repair
         return (*weights(name), quantized.parts(name, device)[1] if nested and uniform else None,
                 row_scale(block_of(name), layer_kind(name)) if nested and not uniform else None)
 
@@ -113,8 +124,9 @@ def _packed_layers(folder: Path, base: BaseModel, nested: bool, device: str) -> 
 
 
 def _write(out: Path, layers: Iterator[Layer], count: int, quant: QuantConfig, bits: int, nested: bool, layout: str,
-           prefix: str) -> Path:
-    parts = Parts.beside(out, {"weights": quant.weights_hash, "bits": bits, "nested": nested})
+           prefix: str, repair: Repair | None = None) -> Path:
+    repaired = repair and repair.hash
+    parts = Parts.beside(out, {"weights": quant.weights_hash, "bits": bits, "nested": nested, "repair": repaired})
     residual, scale, norms, row_scale = {}, {}, {}, {}
     for number, (name, load) in enumerate(tqdm(layers, total=count, desc="residuals", unit="layer")):
         if not parts.has(number):
@@ -125,7 +137,7 @@ def _write(out: Path, layers: Iterator[Layer], count: int, quant: QuantConfig, b
     if layout == "original":
         save_original_cheatsheet(out, residual, scale, prefix)
     else:
-        save_cheatsheet(out, Cheatsheet(bits, nested, residual, scale, norms, row_scale), quant)
+        save_cheatsheet(out, Cheatsheet(bits, nested, residual, scale, norms, row_scale, repaired), quant)
     parts.clear()
     return out
 
@@ -152,6 +164,7 @@ def main() -> None:
     parser.add_argument("--nested", action="store_true",
                         help="split the base grid's own step, or for a codebook the interval that fits, instead of the paper's form")
     parser.add_argument("--bits", type=int, help="residual bits: 2, 4, 8 or 16 (default 4); nested 1, 2, 3 or 4 (default 2)")
+    parser.add_argument("--repaired", action="store_true", help=f"of what the folder's {REPAIR} leaves: {REPAIRED_CHEATSHEET}")
     parser.add_argument("--layout", default="decdec", help="decdec, or original: the paper's artifact's (default %(default)s)")
     parser.add_argument("--original", help="with --quantized: folder of the original model")
     parser.add_argument("--quantized", help="with --original: folder of the model with fake-quantized weights")
@@ -161,11 +174,12 @@ def main() -> None:
                         help="where the layer at work is held (default %(default)s)")
     args = parser.parse_args()
     if args.folder and not (args.original or args.quantized):
-        wrote = make_cheatsheet(args.folder, args.model, args.bits, args.nested, args.layout, args.out, args.device)
-    elif args.original and args.quantized and args.out and not args.folder and not args.nested:
+        wrote = make_cheatsheet(args.folder, args.model, args.bits, args.nested, args.layout, args.out, args.device,
+                                args.repaired)
+    elif args.original and args.quantized and args.out and not (args.folder or args.nested or args.repaired):
         wrote = make_from_two_folders(args.original, args.quantized, args.out, args.bits or 4, args.layout)
     else:
-        raise UserError("expected FOLDER, or --original, --quantized and --out (and then no --nested)")
+        raise UserError("expected FOLDER, or --original, --quantized and --out (and then no --nested or --repaired)")
     print(json.dumps({"wrote": str(wrote), "bytes": wrote.stat().st_size}) if wrote else
           f"{args.out or args.folder} already holds this cheatsheet; nothing to do")
 

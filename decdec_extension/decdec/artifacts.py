@@ -9,8 +9,8 @@ safetensors hold, for each quantized linear layer ``NAME``, its packed base weig
 With ``ordered`` there is ``NAME.order`` too, int32 ``(d_in,)``: packed input ``j`` is the layer's input ``order[j]``. All else,
 residuals and thresholds included, stays in natural order.
 
-Beside them lie ``cheatsheet.pt`` (the residuals) and ``thresholds.pt`` (what calibration saw), each
-``{"format": ..., "version": 1, "config": {...}, "tensors": {...}}``, in natural order, one entry per linear layer, never fused.
+Beside them lie ``cheatsheet.pt`` (the residuals), ``thresholds.pt`` (what calibration saw) and, if there is a static repair,
+``repair.pt`` and ``cheatsheet_repaired.pt`` (the residuals of what it leaves), each ``{"format": ..., "version": 1, "config": {...}, "tensors": {...}}``, in natural order, one entry per linear layer, never fused.
 """
 
 from collections.abc import Mapping
@@ -21,13 +21,16 @@ import torch
 from torch import Tensor
 
 from decdec.errors import UserError
-from decdec.files import read_json, write_torch
+from decdec.files import read_json, tensors_hash, write_torch
 from decdec.packing import BASE_BITS, RESIDUAL_BITS, RESIDUAL_LAYOUT_VERSION, TILE_LAYOUT_VERSION
 from decdec.reference import chunk_counts, residual_dequantize
+from decdec.repair import LayerRepair
 
 QUANT_METHOD = "decdec"
 FORMATS = ("codebook", "uniform")
 CHEATSHEET = "cheatsheet.pt"
+REPAIRED_CHEATSHEET = "cheatsheet_repaired.pt"
+REPAIR = "repair.pt"
 THRESHOLDS = "thresholds.pt"
 STATISTICS = ("largest", "mean_square", "row_energy", "output_energy")  # of Thresholds, by their names in the file
 
@@ -91,7 +94,7 @@ class Cheatsheet:
     same input.
 
     ``norms[layer]``, where known: the Frobenius norms of the original weight, of the residual, and of what the residual's own
-    rounding leaves of it.
+    rounding leaves of it. ``repair``: the hash of the static repair whose remains these are, if any.
     """
 
     bits: int
@@ -100,6 +103,7 @@ class Cheatsheet:
     scale: dict[str, Tensor | None]
     norms: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     row_scale: dict[str, Tensor] = field(default_factory=dict)
+    repair: str | None = None
 
     def dequantize(self, layer: str, d_out: int, device: str | torch.device = "cpu") -> Tensor:
         """The residual of ``layer`` that compensation adds, float32 ``(d_in, d_out)``."""
@@ -115,7 +119,8 @@ def save_cheatsheet(path: str | Path, sheet: Cheatsheet, quant: QuantConfig) -> 
     tensors |= {f"{layer}.row_scale": tensor for layer, tensor in sheet.row_scale.items()}
     _save(path, "decdec.cheatsheet", tensors, {"bits": sheet.bits, "nested": sheet.nested,
                                                "layout_version": RESIDUAL_LAYOUT_VERSION, "base_model": quant.base_model,
-                                               "weights_hash": quant.weights_hash, "norms": sheet.norms})
+                                               "weights_hash": quant.weights_hash, "norms": sheet.norms,
+                                               "repair": sheet.repair})
 
 
 def load_cheatsheet(path: str | Path, quant: QuantConfig) -> Cheatsheet:
@@ -128,7 +133,39 @@ def load_cheatsheet(path: str | Path, quant: QuantConfig) -> Cheatsheet:
     residual = {name.removesuffix(".residual"): t for name, t in tensors.items() if name.endswith(".residual")}
     scale = {layer: tensors.get(f"{layer}.scale") for layer in residual}
     row_scale = {name.removesuffix(".row_scale"): t for name, t in tensors.items() if name.endswith(".row_scale")}
-    return Cheatsheet(config["bits"], bool(config.get("nested")), residual, scale, config.get("norms", {}), row_scale)
+    return Cheatsheet(config["bits"], bool(config.get("nested")), residual, scale, config.get("norms", {}), row_scale,
+                      config.get("repair"))
+
+
+@dataclass(frozen=True)
+class Repair:
+    """``repair.pt``: the static repair of each layer that has one, as :mod:`decdec.repair` takes it, with float16 ``down``, ``up``
+    and ``constant``. ``calibration``: what it was made with."""
+
+    calibration: dict
+    layers: dict[str, LayerRepair]
+
+    @property
+    def hash(self) -> str:
+        return tensors_hash(sorted(_repair_tensors(self).items()))
+
+
+def _repair_tensors(repair: Repair) -> dict[str, Tensor]:
+    return {f"{layer}.{key}": tensor for layer, parts in repair.layers.items() for key, tensor in vars(parts).items()
+            if tensor is not None}
+
+
+def save_repair(path: str | Path, repair: Repair, quant: QuantConfig) -> None:
+    _save(path, "decdec.repair", _repair_tensors(repair), {"calibration": repair.calibration, "base_model": quant.base_model,
+                                                           "weights_hash": quant.weights_hash})
+
+
+def load_repair(path: str | Path, quant: QuantConfig) -> Repair:
+    config, tensors = _load(path, "decdec.repair", quant)
+    layers = dict.fromkeys(name.removesuffix(".down") for name in tensors if name.endswith(".down"))
+    keys = [field.name for field in fields(LayerRepair)]
+    return Repair(config.get("calibration", {}),
+                  {layer: LayerRepair(*(tensors.get(f"{layer}.{key}") for key in keys)) for layer in layers})
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from decdec.artifacts import Thresholds
 from decdec.errors import UserError
 from decdec.models import layer_kind
 from decdec.reference import CHUNK, chunk_counts
+from decdec.repair import LayerRepair
 
 SELECTIONS = ("bucket", "exact", "static", "random")
 # Rows compensated at once in prefill and evaluation: bounds the masked copy of x to this many rows.
@@ -25,7 +26,8 @@ class Compensation:
     ``k_chunk``: channels in every 1024-wide chunk, 0..1024. ``selection``: ``bucket`` (the paper's), ``exact``,
     ``static`` (largest mean square in calibration, over the whole vector) or ``random`` (without replacement in each
     chunk, from ``seed``): the four of the paper's Figure 16. ``prefill``: also compensate inputs of several positions,
-    each position on its own channels. ``n_tb``: thread blocks that fetch on a GPU.
+    each position on its own channels. ``n_tb``: thread blocks that fetch on a GPU. ``repair``: apply the folder's static
+    repair (:mod:`decdec.repair`), to every input and at any ``k_chunk``, and fetch the residuals of what it leaves.
     """
 
     k_chunk: int = 0
@@ -33,6 +35,7 @@ class Compensation:
     prefill: bool = False
     n_tb: int = 8
     seed: int = 0
+    repair: bool = False
 
     def __post_init__(self):
         if not isinstance(self.k_chunk, int) or not 0 <= self.k_chunk <= CHUNK:
@@ -64,7 +67,8 @@ class Compensated(nn.Module):
         self.static_channels: Tensor | None = None
         self.residual: Tensor | None = None
         self.residual_in, self.workspace = "host", None
-        self.residual_bits, self.nested = 0, False
+        self.residual_bits, self.nested, self.repaired = 0, False, False
+        self.repair: LayerRepair | None = None
         self.thresholds: Thresholds | None = None
         self.compensate(Compensation())
 
@@ -89,14 +93,14 @@ class Compensated(nn.Module):
         return self
 
     def set_residual(self, residual: Tensor, scale: Tensor | None, bits: int, nested: bool,
-                     row_scale: Tensor | None = None) -> None:
+                     row_scale: Tensor | None = None, repaired: bool = False) -> None:
         """Take the residual: uint8 rows ``(in_features, row_bytes)``, float16 ``scale`` ``(groups, out_features)``, and float32
-        ``(in_features,)`` that the rows are multiplied with, if any."""
+        ``(in_features,)`` that the rows are multiplied with, if any. ``repaired``: it is that of what the static repair leaves."""
         expected = (self.in_features, packing.residual_row_bytes(self.out_features, bits))
         if residual.shape != expected or (scale is not None and scale.shape[1] != self.out_features):
             raise UserError(f"layer {self.name}: residual: expected shape {expected}, got {tuple(residual.shape)}: "
                             "a cheatsheet of another model")
-        self.residual, self.residual_bits, self.nested, self.workspace = residual, bits, nested, None
+        self.residual, self.residual_bits, self.nested, self.repaired, self.workspace = residual, bits, nested, repaired, None
         self.residual_scale = None if scale is None else scale.to(self.device)
         self.row_scale = None if row_scale is None else row_scale.to(self.device)
 
@@ -114,6 +118,9 @@ class Compensated(nn.Module):
         if k_chunk:
             if self.residual is None:
                 raise UserError(f"layer {self.name}: k_chunk {k_chunk} needs the residual (cheatsheet.pt), not loaded")
+            if self.repaired != compensation.repair:
+                raise UserError(f"layer {self.name}: repair {compensation.repair} needs residuals made "
+                                f"{'with' if compensation.repair else 'without'} --repaired, others are loaded")
             if selection in ("bucket", "static") and self.thresholds is None:
                 raise UserError(f"layer {self.name}: {selection} selection needs thresholds.pt, none are loaded")
             if selection == "bucket":
@@ -132,9 +139,17 @@ class Compensated(nn.Module):
         """Whether the input ``(..., positions, in_features)`` is to be compensated."""
         return self.compensation.k_chunk > 0 and (x.dim() < 2 or x.shape[-2] == 1 or self.compensation.prefill)
 
-    def channels(self, rows: Tensor) -> Tensor:
+    def _static(self, rows: Tensor) -> LayerRepair | None:
+        """The static repair, if it is in use, where ``rows`` are and in their dtype."""
+        if self.repair is None or not self.compensation.repair:
+            return None
+        if self.repair.down.dtype != rows.dtype or self.repair.down.device != rows.device:
+            self.repair = self.repair.to(rows.device, rows.dtype)
+        return self.repair
+
+    def channels(self, rows: Tensor, center: Tensor | None = None) -> Tensor:
         """Channels to compensate of ``rows`` in the packed weights' order, int32 ``(rows, k)``, -1 where a chunk has too
-        few finite values."""
+        few finite values; by ``rows`` less ``center``, float32 ``(in_features,)``."""
         setting = self.compensation
         if setting.selection == "static":
             return self.static_channels.expand(len(rows), -1).contiguous()
@@ -146,7 +161,7 @@ class Compensated(nn.Module):
                 drawn = draw.topk(count, dim=1).indices
                 chosen.append(drawn.sort(dim=1).values + chunk * CHUNK)
             return torch.cat(chosen, dim=1).to(torch.int32).to(rows.device)
-        return ops.select_channels(rows, setting.k_chunk, self.b_0, self.b_15)
+        return ops.select_channels(rows, setting.k_chunk, self.b_0, self.b_15, center)
 
     def _salient(self, rows: Tensor) -> Tensor:
         """``rows`` with every channel but the selected ones set to 0."""
@@ -158,9 +173,9 @@ class Compensated(nn.Module):
     def _residual(self) -> tuple[Tensor, Tensor | None, int, bool]:
         return self.residual, self.residual_scale, self.residual_bits, self.nested
 
-    def _product_of_few(self, rows: Tensor) -> Tensor:
-        """``(R ⊙ M(x)) x`` of a few rows."""
-        return ops.residual_gemv(rows, self.channels(rows), *self._residual(), self.out_features, row_scale=self.row_scale)
+    def _product_of_few(self, rows: Tensor, center: Tensor | None = None) -> Tensor:
+        """``(R ⊙ M(x)) x`` of a few rows, of ``x`` less ``center``."""
+        return ops.residual_gemv(rows, self.channels(rows, center), *self._residual(), self.out_features, center, self.row_scale)
 
     def _add_product(self, rows: Tensor, out: Tensor) -> None:
         """Add ``(R ⊙ M(x)) x`` of many rows to ``out``."""

@@ -1,8 +1,9 @@
 """DecDEC in any Hugging Face causal LM: attach a model folder, set what is compensated, ask what it costs in memory."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -10,11 +11,14 @@ from torch import Tensor, nn
 
 from decdec import artifacts, packing, plan
 from decdec.artifacts import QuantConfig
+from decdec.beside import Beside, check_weights, is_plain
+from decdec.compensated import Compensated
 from decdec.errors import UserError
 from decdec.files import open_safetensors, safetensors_names
 from decdec.linear import Compensation, CompensatedLinear, concatenate_residuals
-from decdec.models import KINDS, OTHER, compute_buffers, decoder_linears
+from decdec.models import KINDS, OTHER, compute_buffers
 from decdec.placement import place_residuals
+from decdec.repair import join
 from decdec.saving import save_artifacts_too
 
 
@@ -25,6 +29,11 @@ class Source:
     folder: Path
     quant: QuantConfig
     cheatsheet: Path
+
+    def residuals(self, repaired: bool) -> Path:
+        """The file of the residuals, or of those of what the static repair leaves. A cheatsheet of the caller's serves either."""
+        own = self.cheatsheet == self.folder / artifacts.CHEATSHEET
+        return self.folder / artifacts.REPAIRED_CHEATSHEET if repaired and own else self.cheatsheet
 
 
 def load(folder: str | Path, dtype: torch.dtype = torch.float32,
@@ -56,7 +65,9 @@ def attach(model: nn.Module, folder: str | Path, compensation: Compensation | Ma
     ``model``.
 
     ``model`` is a Hugging Face causal LM of the same architecture, with weights or on the meta device. Every other
-    tensor of the folder is loaded as well, since AWQ folds its scales into the norms. ``cheatsheet`` names another
+    tensor of the folder is loaded as well, since AWQ folds its scales into the norms. Layers that another library has
+    quantized, and whose checkpoint ``import_checkpoint.py`` made the folder of, stay: its code runs them, and they are
+    compensated beside it. ``cheatsheet`` names another
     residual file than the folder's. Residuals are memory-mapped, and read only if something is to be compensated.
     Raises UserError if the folder is no DecDEC folder or belongs to another model.
     """
@@ -68,18 +79,24 @@ def attach(model: nn.Module, folder: str | Path, compensation: Compensation | Ma
     model.decdec = Source(folder, quant, Path(cheatsheet or folder / artifacts.CHEATSHEET))
     with ExitStack() as stack:
         tensors = _Tensors(folder, stack)
-        replaced = 0
-        for name, linear in decoder_linears(model).items():
-            if f"{name}.qweight" in tensors:
-                replace(model, name, _packed_layer(name, linear, tensors, quant))
-                replaced += 1
-            elif f"{name}.weight" not in tensors:
-                raise UserError(f"{folder}: has no weights of layer {name}: a folder of another model")
-        if not replaced:
+        linears = {name: module for name, module in model.named_modules() if hasattr(module, "in_features")}
+        packed = {name: _packed_layer(name, linear, tensors, quant) for name, linear in linears.items()
+                  if f"{name}.qweight" in tensors}
+        if not packed:
             raise UserError(f"{folder}: holds no quantized layer of this model")
-        _load_rest(model, tensors)
-    model.config.quantization_config = quant.to_dict()
-    save_artifacts_too(model)
+        kept = [name for name, linear in linears.items() if not is_plain(linear)]
+        for name, layer in packed.items():
+            if name not in kept:
+                replace(model, name, layer)
+        _load_rest(model, tensors, kept)
+    if kept:  # the library's own way of saving stays as well
+        beside = {name: packed[name] for name in kept if name in packed}
+        check_weights(model, beside)
+        for name, layer in beside.items():
+            Beside(name, linears[name], layer.out_features)
+    else:
+        model.config.quantization_config = quant.to_dict()
+        save_artifacts_too(model)
     set_compensation(model, compensation)
     return model
 
@@ -110,8 +127,13 @@ def set_compensation(model: nn.Module, compensation: Compensation | Mapping[str,
         if compensation.k_chunk and not layers:
             raise UserError("k_chunk: this model has no compensated layers; attach a DecDEC folder first")
     wanted = {layers[name]: setting for name, setting in settings.items() if setting.k_chunk}
-    if any(layer.residual is None for layer in wanted):
-        _give_residuals([layer for layer in wanted if layer.residual is None], model.decdec)
+    if unrepaired := [layers[name] for name, setting in settings.items() if setting.repair and layers[name].repair is None]:
+        _give_repairs(unrepaired, model.decdec)
+    for repaired in (False, True):
+        lacking = [layer for layer, setting in wanted.items()
+                   if setting.repair == repaired and (layer.residual is None or layer.repaired != repaired)]
+        if lacking:
+            _give_residuals(lacking, model.decdec, repaired)
     place_residuals(wanted, residuals)
     calibrated = [layer for layer, setting in wanted.items()
                   if setting.selection in ("bucket", "static") and layer.thresholds is None]
@@ -121,8 +143,9 @@ def set_compensation(model: nn.Module, compensation: Compensation | Mapping[str,
         layer.compensate(settings[name])
 
 
-def compensated_layers(model: nn.Module) -> dict[str, CompensatedLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, CompensatedLinear)}
+def compensated_layers(model: nn.Module) -> dict[str, Compensated]:
+    """What can be compensated: layers of ours, and what stands beside another library's."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Compensated)}
 
 
 def memory(model: nn.Module) -> dict[str, int]:
@@ -132,6 +155,7 @@ def memory(model: nn.Module) -> dict[str, int]:
     """
     layers = compensated_layers(model).values()
     small = [t for layer in layers for t in (layer.residual_scale, layer.row_scale, layer.static_channels) if t is not None]
+    small += [t for layer in layers if layer.repair and layer.compensation.repair for t in layer.repair.tensors()]
     on_device = {(t.data_ptr(), t.nbytes) for t in (*model.parameters(), *model.buffers(), *small)}
     residuals = {"host": 0, "gpu": 0}
     for layer in layers:
@@ -168,14 +192,15 @@ class _Tensors:
 
 
 def _packed_layer(name: str, linear: nn.Linear, tensors: _Tensors, quant: QuantConfig) -> CompensatedLinear:
-    """The compensated layer in place of ``linear``, on its device (the CPU if it is on meta)."""
+    """The compensated layer of the weights of ``linear``, on its device (the CPU if it is on meta)."""
     d_out, d_in = linear.out_features, linear.in_features
-    device = "cpu" if linear.weight.is_meta else linear.weight.device
+    own = next(chain(linear.parameters(), linear.buffers()))
+    device = "cpu" if own.is_meta else own.device
     empty = empty_packed(name, d_out, d_in, quant)
     packed = {key: tensors.take(f"{name}.{key}", tensor.shape).to(device) for key, tensor in empty.items()}
     bias = None
-    if linear.bias is not None:
-        bias = tensors.take(f"{name}.bias", (d_out,)).to(device, linear.weight.dtype)
+    if getattr(linear, "bias", None) is not None:
+        bias = tensors.take(f"{name}.bias", (d_out,)).to(device, linear.bias.dtype)
     return CompensatedLinear(name, d_in, packed, bias)
 
 
@@ -205,12 +230,17 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
         owner._is_hf_initialized = True
 
 
-def _load_rest(model: nn.Module, tensors: _Tensors) -> None:
-    """Load what is not quantized, tie what the config ties, and compute the buffers that no file holds."""
+def _load_rest(model: nn.Module, tensors: _Tensors, kept: Collection[str] = ()) -> None:
+    """Load what is not quantized, tie what the config ties, and compute the buffers that no file holds.
+
+    Layers of the names ``kept`` have their tensors already.
+    """
     # Before the weights come: transformers initialises those of a module together with its buffers.
     compute_buffers(model)
     model.tie_weights()
-    packed = {f"{prefix}.{key}" for prefix, layer in compensated_layers(model).items() for key in layer.state_dict()}
+    there = {*compensated_layers(model), *kept}
+    packed = {f"{prefix}.{key}" for prefix in there for key in model.get_submodule(prefix).state_dict()}
+    tensors.unread -= {name for name in tensors.unread if name.rpartition(".")[0] in kept}
     stored = model.state_dict(keep_vars=True)
     present = {id(tensor) for name, tensor in stored.items() if name in tensors}
     for name, tensor in stored.items():
@@ -231,29 +261,43 @@ def _load_rest(model: nn.Module, tensors: _Tensors) -> None:
                         "a folder of another model")
 
 
-def _give_residuals(layers: list[CompensatedLinear], source: Source) -> None:
-    sheet = artifacts.load_cheatsheet(source.cheatsheet, source.quant)
+def _give_repairs(layers: list[CompensatedLinear], source: Source) -> None:
+    repairs = artifacts.load_repair(source.folder / artifacts.REPAIR, source.quant).layers
+    for layer in layers:
+        repair = join([repairs.get(name) for name, _ in layer.parts], [width for _, width in layer.parts], layer.in_features)
+        if repair is not None and (repair.down.shape[1], len(repair.up)) != (layer.in_features, layer.out_features):
+            raise UserError(f"{source.folder / artifacts.REPAIR}: {layer.name}: a repair of another model")
+        layer.repair = repair if repair is None or layer.order is None else repair.reordered(layer.order.cpu().long())
+
+
+def _give_residuals(layers: list[Compensated], source: Source, repaired: bool) -> None:
+    path = source.residuals(repaired)
+    sheet = artifacts.load_cheatsheet(path, source.quant)
+    if sheet.repair != (artifacts.load_repair(source.folder / artifacts.REPAIR, source.quant).hash if repaired else None):
+        raise UserError(f"{path}: expected the residuals {'of what ' + artifacts.REPAIR + ' leaves' if repaired else 'without a repair'}; "
+                        f"make it with cheatsheet.py{' --repaired' if repaired else ''}")
     for layer in layers:
         names, widths = zip(*layer.parts)
         if missing := [name for name in names if name not in sheet.residual]:
-            raise UserError(f"{source.cheatsheet}: has no residual of layer {missing[0]}")
+            raise UserError(f"{path}: has no residual of layer {missing[0]}")
         for name, width in layer.parts:
             row_bytes = packing.residual_row_bytes(width, sheet.bits)
             if sheet.residual[name].shape != (layer.in_features, row_bytes):
-                raise UserError(f"{source.cheatsheet}: {name}: expected residual rows "
+                raise UserError(f"{path}: {name}: expected residual rows "
                                 f"{(layer.in_features, row_bytes)}, got {tuple(sheet.residual[name].shape)}")
         residuals, scales = [sheet.residual[name] for name in names], [sheet.scale[name] for name in names]
         if sheet.bits != 16 and any(scale is None for scale in scales):
-            raise UserError(f"{source.cheatsheet}: has no residual scale of layer {layer.name}")
+            raise UserError(f"{path}: has no residual scale of layer {layer.name}")
         rows = residuals[0] if len(names) == 1 else concatenate_residuals(residuals, widths, sheet.bits)
         row_scale = sheet.row_scale.get(names[0])  # one input, so one for all parts
         if layer.order is not None:
             rows = rows[layer.order.cpu()]
             row_scale = None if row_scale is None else row_scale[layer.order.cpu()]
-        layer.set_residual(rows, None if sheet.bits == 16 else torch.cat(scales, dim=1), sheet.bits, sheet.nested, row_scale)
+        layer.set_residual(rows, None if sheet.bits == 16 else torch.cat(scales, dim=1), sheet.bits, sheet.nested, row_scale,
+                           repaired)
 
 
-def _give_thresholds(layers: list[CompensatedLinear], source: Source) -> None:
+def _give_thresholds(layers: list[Compensated], source: Source) -> None:
     path = source.folder / artifacts.THRESHOLDS
     thresholds = artifacts.load_thresholds(path, source.quant)
     for layer in layers:

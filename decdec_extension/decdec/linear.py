@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from decdec import decode_ops, ops, packing
 from decdec.compensated import Compensated, Compensation
 from decdec.errors import UserError
+from decdec.repair import join
 
 # Up to this many rows the GEMV ops read the packed weights once for all of them; beyond it dequantizing pays.
 FEW_ROWS = 8
@@ -62,8 +63,8 @@ class CompensatedLinear(Compensated):
         return self
 
     def set_residual(self, residual: Tensor, scale: Tensor | None, bits: int, nested: bool,
-                     row_scale: Tensor | None = None) -> None:
-        super().set_residual(residual, scale, bits, nested, row_scale)
+                     row_scale: Tensor | None = None, repaired: bool = False) -> None:
+        super().set_residual(residual, scale, bits, nested, row_scale, repaired)
         if nested and self.format == "uniform" and scale is not None and torch.equal(self.residual_scale, self.scales):
             self.residual_scale = self.scales  # the base's own, kept once
 
@@ -94,7 +95,8 @@ class CompensatedLinear(Compensated):
         whole = self.in_features % 8 == 0 and self.compensation.selection in ("bucket", "exact")
         if self.format == "uniform":
             whole = whole and self.in_features // len(self.scales) % 32 == 0 and self.out_features % 2 == 0
-        return whole and self.order is None and self.qweight.is_cuda
+        repairs = self.compensation.repair and self.repair is not None  # which takes the normed x too
+        return whole and not repairs and self.order is None and self.qweight.is_cuda
 
     def _taken(self, rows: Tensor) -> Tensor:
         """``rows`` with the inputs in the order of the packed weights."""
@@ -102,18 +104,35 @@ class CompensatedLinear(Compensated):
 
     def _by_gemv(self, rows: Tensor, compensated: bool, bias: Tensor | None, norm: Tensor | None = None,
                  norm_eps: float = 0.0) -> Tensor:
+        static = self._static(rows)
+        if static is None:
+            return self._product(rows, compensated, bias, norm=norm, norm_eps=norm_eps)
+        added, centers = static(rows)
+        if centers is None or not compensated:
+            return added + self._product(rows, compensated, bias)
+        # An op takes one center for all its rows.
+        return added + torch.cat([self._product(row, True, bias, center) for row, center in zip(rows.split(1), centers)])
+
+    def _product(self, rows: Tensor, compensated: bool, bias: Tensor | None, center: Tensor | None = None,
+                 norm: Tensor | None = None, norm_eps: float = 0.0) -> Tensor:
+        """``(W_q + R ⊙ M(x)) x + bias`` of a few rows, or without the residual; of that x less ``center``."""
         if not compensated:
             gemv = ops.codebook_gemv if self.format == "codebook" else ops.uniform_gemv
             return gemv(rows, *self._base(), bias, norm, norm_eps)
         if self.compensation.selection in ("bucket", "exact"):
             gemv = ops.codebook_gemv_compensated if self.format == "codebook" else ops.uniform_gemv_compensated
             return gemv(rows, *self._base(), bias, *self._residual(), self.compensation.k_chunk,
-                        self.b_0, self.b_15, n_tb=self.compensation.n_tb, workspace=self.workspace,
+                        self.b_0, self.b_15, center, n_tb=self.compensation.n_tb, workspace=self.workspace,
                         norm=norm, norm_eps=norm_eps, row_scale=self.row_scale)
-        return self._by_gemv(rows, False, bias) + self._product_of_few(rows)
+        return self._product(rows, False, bias) + self._product_of_few(rows, center)
 
     def _by_matmul(self, rows: Tensor, compensated: bool) -> Tensor:
         out = F.linear(rows, self._dense(rows.dtype), self.bias)
+        static = self._static(rows)
+        if static is not None:
+            added, centers = static(rows)
+            out += added
+            rows = rows if centers is None else (rows - centers).to(rows.dtype)
         if compensated:
             self._add_product(rows, out)
         return out
@@ -152,7 +171,7 @@ def _share(layers: Sequence[CompensatedLinear], what: str) -> bool:
 def fuse(layers: Sequence[CompensatedLinear], name: str) -> CompensatedLinear:
     """One layer with the outputs of ``layers``, which share their input (q/k/v, gate/up), in their order."""
     first = layers[0]
-    for what in ("in_features", "format", "bits", "residual_bits", "nested", "compensation"):
+    for what in ("in_features", "format", "bits", "residual_bits", "nested", "repaired", "compensation"):
         values = [getattr(layer, what) for layer in layers]
         if any(value != values[0] for value in values):
             raise UserError(f"{name}: cannot fuse layers whose {what} differ: {values}")
@@ -184,7 +203,8 @@ def fuse(layers: Sequence[CompensatedLinear], name: str) -> CompensatedLinear:
         rows = concatenate_residuals([layer.residual for layer in layers], widths, first.residual_bits)
         if not _share(layers, "row_scale"):
             raise UserError(f"{name}: cannot fuse layers whose residuals have different row scales; make the cheatsheet anew")
-        fused.set_residual(rows, scale, first.residual_bits, first.nested, first.row_scale)
+        fused.set_residual(rows, scale, first.residual_bits, first.nested, first.row_scale, first.repaired)
+    fused.repair = join([layer.repair for layer in layers], widths, first.in_features)
     if first.thresholds is not None:  # one input, so one calibration
         fused.set_thresholds(first.thresholds.largest[first.name], first.thresholds.mean_square[first.name])
     fused.compensate(first.compensation)

@@ -7,12 +7,12 @@ from types import MethodType
 
 from torch import nn
 
-from decdec.artifacts import CHEATSHEET, THRESHOLDS
+from decdec.artifacts import CHEATSHEET, REPAIR, REPAIRED_CHEATSHEET, THRESHOLDS
 from decdec.files import atomic, read_json, write_json
 from decdec.plan import PLAN
 
 # What decdec_setup needs to rebuild AWQ's scaled original is saved as well.
-BESIDE = (THRESHOLDS, PLAN, "scaling.safetensors")
+BESIDE = (THRESHOLDS, PLAN, REPAIR, REPAIRED_CHEATSHEET, "scaling.safetensors")
 
 
 def save_artifacts_too(model: nn.Module) -> None:
