@@ -5,13 +5,14 @@ from collections.abc import Iterable
 
 import torch
 
+from decdec.compensated import Compensated
 from decdec.errors import UserError
-from decdec.linear import FEW_ROWS, CompensatedLinear
+from decdec.linear import FEW_ROWS
 
 PLACES = ("host", "gpu")
 
 
-def place_residuals(layers: Iterable[CompensatedLinear], where: str = "host") -> None:
+def place_residuals(layers: Iterable[Compensated], where: str = "host") -> None:
     """Bring the residuals of ``layers`` to where the kernels of their weights' devices read them.
 
     On a GPU that is ``host``, one pinned arena for all layers of that GPU, or ``gpu``, its own memory. Residuals of
@@ -20,7 +21,7 @@ def place_residuals(layers: Iterable[CompensatedLinear], where: str = "host") ->
     """
     if where not in PLACES:
         raise UserError(f"residuals: expected one of {', '.join(PLACES)}, got {where!r}")
-    groups: dict[torch.device, list[CompensatedLinear]] = defaultdict(list)
+    groups: dict[torch.device, list[Compensated]] = defaultdict(list)
     for layer in layers:
         if layer.residual is not None and layer.device.type == "cuda" and layer.workspace is None:
             groups[layer.device].append(layer)
