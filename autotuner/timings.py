@@ -12,6 +12,7 @@ from shapes import Layer
 from decdec.errors import UserError
 from decdec.files import read_rows
 
+RATES = ("device", "sms", "library", "dram_gb_s", "link_gb_s")
 SHAPE = ("format", "bits", "group_size", "d_in", "d_out", "residual_bits", "nested")
 
 
@@ -45,10 +46,15 @@ def read_profile(path: str | Path, missing_ok: bool = False) -> list[dict]:
         if missing_ok:
             return []
         raise UserError(f"profile: {path}: no such file; run_profile.py writes it")
-    rows = read_rows(path)
+    try:
+        rows = read_rows(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"profile: {path}: expected a file of JSON lines, got one that cannot be read ({error})") from None
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or row.get("what") not in ("timing", "rates"):
             raise UserError(f"profile: {path}, row {number}: expected a row of run_profile.py, got {str(row)[:60]}")
+        if row["what"] == "rates" and (missing := [key for key in RATES if key not in row]):
+            raise UserError(f"profile: {path}, row {number}: rates without {', '.join(missing)}; profile again")
     if not rows:
         raise UserError(f"profile: {path}: expected rows of run_profile.py, got an empty file")
     return rows

@@ -147,6 +147,7 @@ def test_missing_and_falling_times():
 
 
 @pytest.mark.parametrize("row, says", [({"what": "dance"}, "row 1"), ([1], "row 1"),
+                                       ({"what": "rates", "device": "fake", "sms": 60}, "rates without library, dram_gb_s"),
                                        ({"what": "timing", "device": "fake"}, None)])
 def test_a_profile_that_is_none_is_refused(tmp_path, row, says):
     append_row(tmp_path / "rows.jsonl", row)
@@ -155,6 +156,13 @@ def test_a_profile_that_is_none_is_refused(tmp_path, row, says):
             read_profile(tmp_path / "rows.jsonl")
     else:  # a row of other conditions that misses fields harms nothing
         Timings(LAYERS, HERE, read_rows(tmp_path / "rows.jsonl"))
+
+
+def test_a_profile_that_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "rows").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path, tmp_path / "rows"):
+        with pytest.raises(UserError, match="expected a file of JSON lines"):
+            read_profile(path)
 
 
 def test_a_garbled_row_of_this_device_is_named():

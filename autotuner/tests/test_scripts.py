@@ -3,7 +3,9 @@ import os
 import sys
 from pathlib import Path
 
+import analytic
 import export_csv
+import few_sms
 import fig12_normalised_time
 import measure_gains
 import pytest
@@ -13,19 +15,23 @@ import torch
 import tuner
 from gains import DERIVED, GAINS, MEASURED, NORMAL, diminishing, of_normal_inputs, read_gains
 from measure_gains import at_k_chunk, removed_by_rank
+from profiling import coarse_points
 from safetensors.torch import save_file
+from session import Session, rates_row
 from shapes import from_folder, random_weights
+from timings import Conditions, Timings, timing_row
 
 from decdec import hub
 from decdec.artifacts import read_quant_config
 from decdec.errors import UserError
-from decdec.files import read_rows
+from decdec.files import append_row, read_rows
 from decdec.linear import Compensation
 from decdec.models import block_of
 from decdec.plan import Device, apply, load_plan
 from decdec.testing import refused, run_script
 
 ROOM = Path(__file__).parents[1]
+LAYERS = random_weights("llama-3-8b", 3, "codebook").layers
 RANDOM = ("--random-weights", "llama-3-8b", "--simulate", "4050M")
 
 
@@ -101,6 +107,27 @@ def test_figure_table_and_csv_from_the_rows(call, profile, tmp_path):
     assert "| 4050M 20 SMs (simulated) | 5% |" in table and "predicted" in table
     lines = call(export_csv, profile, "--what", "timing").splitlines()
     assert "k_chunk,us,spread" in lines[0] and len(lines) > 100
+
+
+def test_few_sms_beside_many(call, profile, tmp_path):
+    """A profile of two parts of one GPU: fewer SMs have a slower base GEMV, which hides more."""
+    with pytest.raises(UserError, match="expected rows of 2 to 6 SM counts, got 20"):
+        call(few_sms, *RANDOM[:2], "--profile", profile, "--out", tmp_path)
+    of_sms = {}
+    for sms, dram in ((24, 500.0), (80, 2000.0)):
+        session = Session(Device("big", sms), Conditions("big", sms, "lib", "float16", "exact"),
+                          analytic.Rates(dram, 50.0, sms), None, {})
+        append_row(tmp_path / "rows", rates_row(session))
+        of_sms[sms] = Timings(LAYERS, session.conditions)
+        for layer in LAYERS:
+            for n_tb, k_chunk in ((0, 0), *coarse_points(layer, 20.0, dram, 50.0, sms // 2)):
+                us = analytic.compensated_us(layer, n_tb, k_chunk, session.rates)
+                append_row(tmp_path / "rows", timing_row(session.conditions, layer, n_tb, k_chunk, us, 0.0, 31))
+                of_sms[sms].add(layer, n_tb, k_chunk, us)
+    printed = call(few_sms, *RANDOM[:2], "--profile", tmp_path / "rows", "--out", tmp_path)
+    assert (tmp_path / "few_sms_gu_w3.pdf").read_bytes().startswith(b"%PDF") and printed.count("wrote") == 4
+    few, many = (few_sms.normalised(of_sms[sms], LAYERS[2]) for sms in (24, 80))
+    assert few[0] == many[0] == 1 and few[20] < 1.2 < many[20]
 
 
 def test_the_whole_stage_on_a_folder_and_its_plan_is_refused_elsewhere(call, folder, tmp_path):
