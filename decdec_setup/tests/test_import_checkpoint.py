@@ -14,7 +14,7 @@ import decdec.quantizer  # noqa: F401  (registers the method)
 from decdec import hub, models
 from decdec.artifacts import read_quant_config
 from decdec.errors import UserError
-from decdec.linear import Compensation
+from decdec.linear import Compensation, CompensatedLinear
 from decdec.testing import run_script
 
 import import_checkpoint as script
@@ -298,6 +298,25 @@ def test_the_library_of_compressed_tensors_is_read_as_it_reads_itself(tiny, tmp_
         model = hub.load(out)
         for name, linear in models.decoder_linears(want).items():
             assert_close(model.get_submodule(name).dequantize(torch.float32), linear.weight, rtol=1e-3, atol=1e-5)
+
+
+def test_a_checkpoint_in_the_hands_of_its_library_is_compensated_beside_it(tiny, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    config = settings("compressed-tensors", 4) | {"quantization_status": "compressed", "ignore": ["lm_head"]}
+    want = write(tiny, tmp_path / "foreign", lambda name, weight: compressed(name, weight, 4), config)
+    out = tmp_path / "out"
+    import_checkpoint(str(tmp_path / "foreign"), out, str(tiny))
+    make_cheatsheet(out)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "foreign", dtype=torch.float32)
+    assert "model.layers.0.mlp.up_proj.weight_packed" in theirs.state_dict()
+    hub.attach(theirs, out)
+    ours = hub.load(out)
+    for setting in (Compensation(), EVERYTHING):
+        for model in (theirs, ours):
+            hub.set_compensation(model, setting)
+        assert_close(logits(theirs), logits(ours), rtol=1e-3, atol=1e-3)
+        assert ((logits(theirs) - logits(want)).abs().max() > 0.01) == (setting.k_chunk > 0)
+    assert not any(isinstance(module, CompensatedLinear) for module in theirs.modules())
 
 
 def edit(folder, add=None, drop=None, **changes):
