@@ -319,6 +319,36 @@ def test_a_checkpoint_in_the_hands_of_its_library_is_compensated_beside_it(tiny,
     assert not any(isinstance(module, CompensatedLinear) for module in theirs.modules())
 
 
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_the_library_of_hqq_is_read_as_it_reads_itself_and_compensated_beside_it(tiny, tmp_path, bits):
+    library = pytest.importorskip("hqq.core.quantize")
+    layers = {}
+
+    def pack(name, weight):
+        linear = torch.nn.Linear(weight.shape[1], len(weight), bias=False)
+        linear.weight.data.copy_(weight)
+        config = library.BaseQuantizeConfig(nbits=bits, group_size=SIZE, axis=1)
+        layer = layers[name] = library.HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu")
+        stored = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items() if isinstance(tensor, torch.Tensor)}
+        return stored, layer.dequantize()
+
+    theirs = write(tiny, tmp_path / "foreign", pack, settings("hqq", bits))
+    out = tmp_path / "out"
+    import_checkpoint(str(tmp_path / "foreign"), out, str(tiny))
+    make_cheatsheet(out)
+    want = logits(theirs)
+    for name, layer in layers.items():
+        hub.replace(theirs, name, layer)
+    assert_close(logits(theirs), want, rtol=1e-3, atol=1e-3)
+    ours = hub.load(out)
+    assert_close(logits(ours), want, rtol=1e-2, atol=1e-2)
+    hub.attach(theirs, out)
+    for model in (theirs, ours):
+        hub.set_compensation(model, EVERYTHING)
+    assert_close(logits(theirs), logits(ours), rtol=1e-2, atol=1e-2)
+    assert (logits(theirs) - want).abs().max() > 0.01
+
+
 def edit(folder, add=None, drop=None, **changes):
     tensors = load_file(folder / "model.safetensors")
     if drop:
