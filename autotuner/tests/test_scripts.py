@@ -131,13 +131,13 @@ def test_few_sms_beside_many(call, profile, tmp_path):
 
 
 def test_the_whole_stage_on_a_folder_and_its_plan_is_refused_elsewhere(call, folder, tmp_path):
-    settings = {"PYTHON": sys.executable, "SIMULATE": "4050M", "TEXT": "pydoc", "SAMPLES": "2",
+    settings = {"PYTHON": sys.executable, "SIMULATE": "4050M", "TEXT": "pydoc", "SAMPLES": "2", "SCOPE": "end-to-end",
                 "RESULTS": str(tmp_path)}
     result = run_script(ROOM / "tune.sh", folder, 200, env=os.environ | settings)
     assert result.returncode == 0, result.stderr
     quant = read_quant_config(folder)
     plan = load_plan(folder / "plan.json", quant)
-    assert plan.gain_source == MEASURED and plan.at().objective == "quality"
+    assert plan.gain_source == MEASURED and plan.at().objective == "quality" and plan.at().scope == "end-to-end"
     assert any(choice.k_chunk for choice in plan.at().choices)
     model = hub.load(folder)
     apply(plan, model, prefill=True)
