@@ -31,8 +31,9 @@ def text(plan: Plan) -> str:
              f"memory {plan.dram_gb_s:.0f} GB/s, link {plan.link_gb_s:.1f} GB/s"]
     for tuned in plan.tuned:
         gain = "" if tuned.gain is None else f", removes {tuned.gain:.3g} {plan.gain_source}"
-        lines.append(f"target {tuned.target_percent:g}% {tuned.scope}, {tuned.objective}: "
-                     f"predicted {percent(tuned.predicted_percent)}, measured {percent(tuned.measured_percent)}{gain}")
+        token = "" if tuned.token_percent is None else f", a token {percent(tuned.token_percent)}"
+        lines.append(f"target {tuned.target_percent:g}% {tuned.scope}, {tuned.objective}: predicted "
+                     f"{percent(tuned.predicted_percent)}, measured {percent(tuned.measured_percent)}{token}{gain}")
         for bits in sorted({choice.bits for choice in tuned.choices}):
             n_tb = ",".join(by_kind(tuned, bits, "n_tb"))
             lines.append(f"  {bits}-bit  n_tb/(k_chunk of qkv,o,gu,d)  {settings(tuned, bits)}   n_tb ({n_tb})")
@@ -54,5 +55,5 @@ def rows(plan: Plan) -> Iterator[dict]:
                    "base_us": choice.base_us, "predicted": choice.predicted_us / choice.base_us,
                    "measured": choice.measured_us and choice.measured_us / choice.base_us,
                    "predicted_percent": tuned.predicted_percent, "measured_percent": tuned.measured_percent,
-                   "device": plan.device.name, "sms": plan.device.sms, "simulated": plan.device.simulated,
+                   "token_percent": tuned.token_percent, "device": plan.device.name, "sms": plan.device.sms, "simulated": plan.device.simulated,
                    "selection": plan.selection} | plan.versions

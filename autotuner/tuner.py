@@ -9,6 +9,7 @@ import argparse
 import platform
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import decide
@@ -64,12 +65,16 @@ def tune(shapes: Shapes, session: Session, rows: list[dict], targets: list[Targe
     versions = {"torch": torch.__version__, "python": platform.python_version(), "library": session.conditions.library}
     tuned, ratio = [], 1.0
     for target in targets:
-        if token_timer is None:
+        def token_percent(settled: Settled, target: Target = target) -> float:
+            return token_timer.slowdown_percent(plan_of([tuned_of(target, settled)]))
+
+        if token_timer is None or target.scope == "kernel":
             settled = settle(timings, profiler, decision, target, afresh=not session.device.simulated)
         else:
-            settled, ratio = settle_token(timings, profiler, decision, target, lambda settled, target=target:
-                                          token_timer.slowdown_percent(plan_of([tuned_of(target, settled)])), ratio)
+            settled, ratio = settle_token(timings, profiler, decision, target, token_percent, ratio)
         tuned.append(tuned_of(target, settled))
+        if token_timer is not None and target.scope == "kernel":
+            tuned[-1] = replace(tuned[-1], token_percent=token_percent(settled))
         if (settled.measured_percent or 0.0) > target.percent:
             print(f"warning: target {target.percent:g} %: no choice was measured to keep it, the last took "
                   f"{settled.measured_percent:.1f} %", file=sys.stderr)
@@ -106,8 +111,8 @@ def main() -> None:
                         help="slow-down of the linear layers' kernels (default, the paper's) or of a whole token")
     parser.add_argument("--token-ms", type=float, help="time of a token without compensation, for the end-to-end scope")
     parser.add_argument("--timer", metavar="COMMAND",
-                        help="has end-to-end targets measured by a runtime, such as 'python end-to-end/time_plans.py "
-                             "--model FOLDER'")
+                        help="a runtime such as 'python end-to-end/time_plans.py --model FOLDER': end-to-end targets "
+                             "are met as it measures them; under kernel targets it tells what a token takes")
     parser.add_argument("--objective", choices=decide.OBJECTIVES,
                         help="quality (default where the folder has calibration data; random weights are taken to "
                              "have normal inputs) or the paper's phases")
@@ -118,8 +123,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if min(arguments.target) <= 0:
         raise UserError(f"target: expected percentages above 0, got {min(arguments.target):g}")
-    if arguments.timer and (arguments.scope == "kernel" or arguments.sms):
-        raise UserError("timer: measures whole tokens on the whole GPU: it goes with --scope end-to-end, without --sms")
+    if arguments.timer and arguments.sms:
+        raise UserError("timer: measures whole tokens on the whole GPU: it does not go with --sms")
     if arguments.out is None and arguments.model is None:
         raise UserError("out: random weights have no folder; say where the plan goes")
 

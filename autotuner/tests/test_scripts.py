@@ -85,6 +85,16 @@ for line in sys.stdin:
 """
 
 
+def test_a_runtime_tells_what_a_token_takes_under_a_kernel_target(call, profile, tmp_path):
+    (tmp_path / "runtime.py").write_text(FAKE_RUNTIME.replace("FACTOR", "0.5"))
+    printed = call(tuner, *RANDOM, "--profile", profile, "--out", tmp_path / "plan", "--target", 10,
+                   "--timer", f"{sys.executable} {tmp_path / 'runtime.py'}")
+    tuned = load_plan(tmp_path / "plan").at()
+    added = sum(c.count * (c.predicted_us - c.base_us) for c in tuned.choices) / 1000
+    assert added > 0 and tuned.token_percent == pytest.approx(100 * 0.5 * added / 40)
+    assert f"a token {tuned.token_percent:.1f}%" in printed and ", a token " in call(table3, tmp_path / "plan")
+
+
 @pytest.mark.parametrize("factor", [0.6, 1.0, 1.7])
 def test_a_runtime_has_the_last_word_on_end_to_end_targets(call, profile, tmp_path, factor):
     """One in which compensation takes ``factor`` of the time that the kernels' times say."""
@@ -275,7 +285,7 @@ def test_no_gpu_is_one_line(tmp_path):
     (("--each-block", "--objective", "paper"), "each-block: goes with"),
     (("--scope", "end-to-end", "--token-ms", "1"), "the linear layers alone take"),
     (("--profile", "text"), "line 1"),
-    (("--timer", "true"), "it goes with --scope end-to-end"),
+    (("--timer", "true", "--sms", "20"), "it does not go with --sms"),
     (("--scope", "end-to-end", "--timer", "no-such-command"), "no-such-command' cannot be run"),
     (("--scope", "end-to-end", "--timer", "true"), "'true' ended, or answered with"),
     (("--scope", "end-to-end", "--timer", "cat"), "something else than a line of JSON with base_ms"),

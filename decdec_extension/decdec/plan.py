@@ -56,6 +56,7 @@ class Tuned:
     rest_us: float  # of a token outside the linear layers; 0 if not known, which only the kernel scope allows
     gain: float | None  # predicted loss removed, in the unit of the plan's ``gain_source``
     choices: tuple[Choice, ...]
+    token_percent: float | None = None  # for the kernel scope: how much longer a token took in the runtime, if it was asked
 
     def choice(self, kind: str, bits: int, block: int | None = None) -> Choice:
         for choice in self.choices:
