@@ -18,25 +18,34 @@ FOLDERS = [MODELS / f"SmolLM2-135M-Instruct-{method}-w3" for method in ("squeeze
 TEXT = "The three most important things about the Python language are its readability and the community around it."
 
 
-def logits(model, decoder, ids, prompt):
-    """Logits after the prompt and after each later token: Hugging Face's, and the decoder's."""
+@torch.no_grad()
+def of_hugging_face(model, ids, prompt):
+    """Logits after the prompt and after each later token, float32 on the CPU."""
+    out = model(ids[None, :prompt], use_cache=True)
+    rows = [out.logits[0, -1]]
+    for token in ids[prompt:]:
+        out = model(token.view(1, 1), past_key_values=out.past_key_values, use_cache=True)
+        rows.append(out.logits[0, -1])
+    return torch.stack(rows).float().cpu()
+
+
+def of_decoder(decoder, ids, prompt):
     decoder.allocate(len(ids))
-    with torch.no_grad():
-        out = model(ids[None, :prompt], use_cache=True)
-        theirs, ours = [out.logits[0, -1]], [decoder.prefill(ids[:prompt])]
-        for position in range(prompt, len(ids)):
-            token = ids[position:position + 1]
-            out = model(token[None], past_key_values=out.past_key_values, use_cache=True)
-            theirs.append(out.logits[0, -1])
-            ours.append(decoder.step(token, torch.tensor([position])))
-    return torch.stack(theirs), torch.stack(ours)
+    rows = [decoder.prefill(ids[:prompt])]
+    for position in range(prompt, len(ids)):
+        rows.append(decoder.step(ids[position:position + 1], torch.tensor([position], device=ids.device)))
+    return torch.stack(rows).cpu()
+
+
+def need(folder):
+    needed = ["config.json"] if folder == ORIGINAL else ["config.json", "cheatsheet.pt", "thresholds.pt"]
+    if not all((folder / name).is_file() for name in needed):
+        pytest.skip(f"{folder.name} is not there; ./quickstart.sh makes it")
 
 
 @pytest.mark.parametrize("folder", [ORIGINAL, *FOLDERS], ids=lambda folder: folder.name)
 def test_logits_and_text_equal_hugging_face(folder):
-    needed = ["config.json"] if folder == ORIGINAL else ["config.json", "cheatsheet.pt", "thresholds.pt"]
-    if not all((folder / name).is_file() for name in needed):
-        pytest.skip(f"{folder.name} is not there; ./quickstart.sh makes it")
+    need(folder)
     load = (lambda: models.load_model(str(folder), torch.float32)) if folder == ORIGINAL else (lambda: hub.load(folder))
     model, decoder = load(), Decoder(load())
     ids = models.load_tokenizer(str(folder))(TEXT, return_tensors="pt").input_ids[0]
@@ -44,10 +53,27 @@ def test_logits_and_text_equal_hugging_face(folder):
     for k_chunk in (0,) if folder == ORIGINAL else (0, 8, 1024):
         for part in (model, decoder):
             hub.set_compensation(part, Compensation(k_chunk))
-        theirs, ours = logits(model, decoder, ids, len(ids) - 4)
+        theirs, ours = of_hugging_face(model, ids, len(ids) - 4), of_decoder(decoder, ids, len(ids) - 4)
         assert_close(ours, theirs, rtol=1e-4, atol=2e-3)
         after_first.append(ours[1])
         want = model.generate(ids[None], attention_mask=torch.ones_like(ids[None]), max_new_tokens=8, do_sample=False,
                               eos_token_id=None, pad_token_id=0)
         assert list(generate(Stepper(decoder), ids, 8)) == want[0, len(ids):].tolist()
     assert all((after_first[0] - other).abs().max() > 0.1 for other in after_first[1:])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_logits_on_a_gpu_are_as_near_to_exact_ones_as_hugging_face(folder):
+    need(folder)
+    exact, model = hub.load(folder), hub.load(folder, torch.float16, device="cuda")
+    decoder = Decoder(hub.load(folder, torch.float16)).cuda()
+    ids = models.load_tokenizer(str(folder))(TEXT, return_tensors="pt").input_ids[0]
+    for setting in (Compensation(), Compensation(8), Compensation(16, "exact"), Compensation(1024, "exact")):
+        for part in (exact, model, decoder):
+            hub.set_compensation(part, setting)
+        want = of_hugging_face(exact, ids, len(ids) - 4)
+        theirs, ours = of_hugging_face(model, ids.cuda(), len(ids) - 4), of_decoder(decoder, ids.cuda(), len(ids) - 4)
+        # Where rounding chooses other channels the error is of another size, for either.
+        allowed = 2 * (theirs - want).norm(dim=1) + 0.01 * want.norm(dim=1) * (0 < setting.k_chunk < 1024)
+        assert ((ours - want).norm(dim=1) <= allowed).all(), setting
