@@ -1,7 +1,7 @@
 """Times the setup stage on random weights of a known model's shape, and its memory; two sizes are run, the whole is scaled.
 
-The time does not depend on the values. A model of each number of blocks of --blocks is written to disk, and every step does its
-whole work on both: what the second takes more is a block's share, the rest comes once. With one number, that of the whole model,
+The time does not depend on the values. A model of each number of blocks of --blocks is written to --scratch, and every step does
+its whole work on both: what the second takes more is a block's share, the rest comes once. With one number, that of the whole model,
 nothing is scaled. One JSON line a step is printed and appended to --out: seconds, peak bytes of the process (what it mapped of
 files counted in) and of the GPU.
 """
@@ -9,7 +9,6 @@ files counted in) and of the GPU.
 import argparse
 import os
 import platform
-import shutil
 import tempfile
 import threading
 import time
@@ -134,24 +133,29 @@ def main() -> None:
         steps.insert(0, "rtn")  # whose folder the others read
     limit = squeezellm.HIDDEN_BYTES
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        source, out = Path(scratch, "original"), Path(scratch, "quantized")
         if cuda:  # what the first use of every library takes is no block's share
-            small = Path(scratch, "tiny"), Path(scratch, "tiny-quantized")
-            write_model(small[0], "tiny", 1)
+            write_model(Path(scratch, "tiny"), "tiny", 1)
             for step in steps:
-                step_of(step, *small, args.bits, {"text": "pydoc", "samples": 2, "length": 64}, args.device)()
-        found: dict[str, list[tuple[float, float, float]]] = {step: [] for step in steps}
-        for blocks in args.blocks:
-            block_bytes = write_model(source, args.random_weights, blocks)
-            squeezellm.HIDDEN_BYTES = limit * blocks // whole  # hidden states wait or are made again as in the whole model
-            shutil.rmtree(out, ignore_errors=True)
-            for step in steps:
-                found[step].append(measured(step_of(step, source, out, args.bits, calibration, args.device), cuda))
-                if blocks == many and step in args.steps:
-                    row = scaled(args, step, found[step], block_bytes, (source / "rest.safetensors").stat().st_size)
-                    append_row(args.out, row)
-                    print(f"{step}: {row['seconds_a_block']} s a block; scaled to {whole} blocks "
-                          f"{row['model_minutes_scaled']} minutes, {row['model_peak_host_gb_scaled']} GB of CPU memory", flush=True)
+                step_of(step, Path(scratch, "tiny"), Path(scratch, "out"), args.bits, {"text": "pydoc", "samples": 2, "length": 64},
+                        args.device)()
+        block_bytes = write_model(Path(scratch, str(many)), args.random_weights, many)
+        if few < many:
+            Path(scratch, str(few)).mkdir()
+            for file in Path(scratch, str(many)).glob("*.safetensors"):
+                os.link(file, Path(scratch, str(few), file.name))
+            write_model(Path(scratch, str(few)), args.random_weights, few)
+        rest_bytes = Path(scratch, str(many), "rest.safetensors").stat().st_size
+        for step in steps:
+            found = []
+            for blocks in args.blocks:
+                squeezellm.HIDDEN_BYTES = limit * blocks // whole  # hidden states wait or are made again as in the whole model
+                work = step_of(step, Path(scratch, str(blocks)), Path(scratch, f"{blocks}-quantized"), args.bits, calibration, args.device)
+                found.append(measured(work, cuda))
+            if step in args.steps:
+                row = scaled(args, step, found, block_bytes, rest_bytes)
+                append_row(args.out, row)
+                print(f"{step}: {row['seconds_a_block']} s a block; scaled to {whole} blocks "
+                      f"{row['model_minutes_scaled']} minutes, {row['model_peak_host_gb_scaled']} GB of CPU memory", flush=True)
 
 
 def scaled(args: argparse.Namespace, step: str, found: list[tuple[float, float, float]], block_bytes: int, rest_bytes: int) -> dict:

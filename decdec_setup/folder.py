@@ -4,7 +4,8 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -17,7 +18,7 @@ from decdec.models import check_source
 
 from base_model import BaseModel
 from model_card import card
-from parts import Parts, save_tensors
+from parts import Parts, save_tensors, stream_tensors
 from quantized_blocks import PARTS
 from scaling import SCALING, read_scaling, scaled_state, split_scaling
 
@@ -87,19 +88,23 @@ class QuantizedFolder:
         return True
 
     def finish(self, base: BaseModel, quant: QuantConfig) -> QuantConfig:
-        """Write the folder from the parts of all blocks and the unquantized rest of ``base``; returns the full config."""
-        tensors: dict[str, Tensor] = {}
+        """Write the folder from the parts of all blocks and the unquantized rest of ``base``; returns the full config.
+
+        Packed tensors are read from the parts one at a time, so that no model has to fit into memory.
+        """
+        tensors: dict[str, Callable[[], Tensor]] = {}
         for block in range(len(base.blocks)):
-            tensors |= self.parts.load(block)
+            tensors |= self.parts.loaders(block)
         packed, scaling = split_scaling(tensors)
-        content = quant.to_dict() | {"weights_hash": tensors_hash(sorted(packed.items())),
+        scaling = {name: load() for name, load in scaling.items()}
+        content = quant.to_dict() | {"weights_hash": tensors_hash((name, load()) for name, load in sorted(packed.items())),
                                      "calibration": quant.calibration | {"config_hash": self.parts.hash}}
         with atomic_folder(self.out) as folder:
             for pattern in COPIED:
                 for file in base.folder.glob(pattern):
                     shutil.copyfile(file, folder / file.name)
-            rest = {name: scaled_state(name, tensor, scaling).to(tensor.dtype) for name, tensor in base.outside().items()}
-            save_tensors(folder / "model.safetensors", rest | packed)
+            rest = {name: partial(_scaled, name, tensor, scaling) for name, tensor in base.outside().items()}
+            stream_tensors(folder / "model.safetensors", rest | packed)
             if scaling:
                 save_tensors(folder / SCALING, scaling)
             described = QuantConfig.from_dict(content)
@@ -109,6 +114,10 @@ class QuantizedFolder:
             (self.out / SCALING).unlink(missing_ok=True)
         self.parts.clear()
         return described
+
+
+def _scaled(name: str, tensor: Tensor, scaling: dict[str, Tensor]) -> Tensor:
+    return scaled_state(name, tensor, scaling).to(tensor.dtype)
 
 
 class Reusable:

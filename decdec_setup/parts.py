@@ -1,14 +1,21 @@
 """Finished pieces of a long piece of work, kept on disk until it is whole: what an interrupt leaves, the next run takes up."""
 
+import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from decdec.errors import UserError
 from decdec.files import atomic, config_hash
+
+_STORED = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+           torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
 class Parts:
@@ -38,6 +45,15 @@ class Parts:
     def load(self, number: int) -> dict[str, Tensor]:
         return load_file(self._path(number))
 
+    def loaders(self, number: int) -> dict[str, Callable[[], Tensor]]:
+        """What loads each tensor of a piece."""
+        with safe_open(self._path(number), framework="pt") as file:
+            return {name: partial(self._tensor, number, name) for name in file.keys()}
+
+    def _tensor(self, number: int, name: str) -> Tensor:
+        with safe_open(self._path(number), framework="pt") as file:  # a file that stays open keeps every page that was read
+            return file.get_tensor(name)
+
     def clear(self) -> None:
         """Remove all pieces, those of other settings too."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -50,3 +66,21 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
         except SafetensorError as error:
             raise UserError(f"{path}: could not be written: {error}") from None
+
+
+def stream_tensors(path: Path, loaders: dict[str, Callable[[], Tensor]]) -> None:
+    """As :func:`save_tensors`, with one tensor in memory at a time: each is loaded once for its shape and once to be written."""
+    shapes = {name: (tensor.dtype, list(tensor.shape), tensor.nbytes) for name, load in loaders.items() for tensor in (load(),)}
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    names = sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name))  # so that each lies at a multiple of its item's size
+    end = 0
+    for name in names:
+        dtype, shape, size = shapes[name]
+        header[name] = {"dtype": _STORED[dtype], "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(memoryview(loaders[name]().contiguous().flatten().view(torch.uint8).numpy()))

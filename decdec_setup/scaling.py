@@ -7,17 +7,19 @@
 """
 
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 SCALING = "scaling.safetensors"
+Entry = TypeVar("Entry")
 _SUFFIXES = (".input_scale", ".output_scale", ".output_offset")
 
 
-def split_scaling(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """``(the rest, the scale vectors)`` of a dict of tensors."""
+def split_scaling(tensors: dict[str, Entry]) -> tuple[dict[str, Entry], dict[str, Entry]]:
+    """``(the rest, the scale vectors)`` of a dict of tensors, or of what loads them."""
     scaling = {name: tensor for name, tensor in tensors.items() if name.endswith(_SUFFIXES)}
     return {name: tensor for name, tensor in tensors.items() if name not in scaling}, scaling
 
