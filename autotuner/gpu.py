@@ -165,7 +165,6 @@ class GpuTimer:
         self.dtype, self.selection = getattr(torch, dtype), selection
         self.banks: dict[Layer, _Bank] = {}
         self.stream = _stream_here()
-        self.last: torch.cuda.CUDAGraph | None = None  # keeps the pool of captured memory, which the next one takes over
 
     def time(self, layer: Layer, n_tb: int, k_chunk: int) -> Sample:
         if layer not in self.banks:
@@ -173,13 +172,8 @@ class GpuTimer:
         bank = self.banks[layer]
         bank.call(0, n_tb, k_chunk)  # outside the capture, for what the first call of a kernel sets up
         torch.cuda.synchronize()
-        # Not by torch.cuda.graph: it returns all unused memory to the driver at every capture, which takes longer than
-        # what is measured here.
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self.stream):
-            graph.capture_begin(*([self.last.pool()] if self.last else []))
+        with torch.cuda.graph(graph, stream=self.stream):
             for copy in range(bank.copies):
                 bank.call(copy, n_tb, k_chunk)
-            graph.capture_end()
-        self.last = graph
         return _sample(graph.replay, bank.copies)

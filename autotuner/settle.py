@@ -11,7 +11,6 @@ from shapes import Layer
 from timings import Timings, shape_of
 
 ATTEMPTS = 6
-AGREE = 0.5  # points between a token's predicted and its measured slow-down
 FRESH = 3  # fresh measurements of base and choice, taken in turn so that both see the same clocks
 
 Decision = Callable[[Timings, Target], Mapping[Layer, Setting]]
@@ -38,7 +37,7 @@ def settle(timings: Timings, profiler: Profiler | None, decision: Decision, targ
     if profiler is not None and not afresh:
         refine(profiler, [lambda table: decision(table, target)])
     if profiler is None or not afresh:
-        return _predicted(timings, dict(decision(timings, target)), target)
+        return predicted(timings, dict(decision(timings, target)), target)
     allowed = target
     for _ in range(ATTEMPTS):
         refine(profiler, [lambda table, allowed=allowed: decision(table, allowed)])
@@ -50,43 +49,8 @@ def settle(timings: Timings, profiler: Profiler | None, decision: Decision, targ
     return settled
 
 
-def settle_token(timings: Timings, profiler: Profiler | None, decision: Decision, target: Target,
-                 token_percent: Callable[[Settled], float], ratio: float = 1.0) -> tuple[Settled, float]:
-    """Choose for an end-to-end ``target`` and have a runtime measure it (``token_percent``), until the choice keeps the
-    target and the runtime agrees with the prediction within ``AGREE`` points.
-
-    In a runtime kernels overlap, so that a token's slow-down is not the sum of theirs. The ``ratio`` of the two, as the
-    last measurement showed it, is part of the next prediction; it is returned too, for the next target to begin with.
-    Choices aim a little below the target, so that noise does not carry them over it. Where nothing agrees, the choice
-    that keeps the target most closely is taken, or failing that the fastest.
-    """
-    aim = target.percent - min(AGREE / 2, 0.1 * target.percent)
-    tried = []
-    for _ in range(ATTEMPTS):
-        allowed = replace(target, percent=aim / ratio)
-        if profiler is not None:
-            refine(profiler, [lambda table, allowed=allowed: decision(table, allowed)])
-        settled = _predicted(timings, dict(decision(timings, allowed)), target)
-        by_kernels = settled.predicted_percent
-        if by_kernels <= 0:  # nothing is compensated
-            tried.append(replace(settled, measured_percent=0.0))
-            break
-        settled = replace(settled, predicted_percent=ratio * by_kernels)
-        settled = replace(settled, measured_percent=token_percent(settled))
-        tried.append(settled)
-        keeps = settled.measured_percent <= target.percent
-        agrees = abs(settled.measured_percent - settled.predicted_percent) <= AGREE
-        ratio = max(0.1, settled.measured_percent / by_kernels, 0.0 if keeps else 1.02 * ratio)
-        if keeps and agrees:
-            return settled, ratio
-    keeping = [settled for settled in tried if settled.measured_percent <= target.percent]
-    if keeping:
-        return max(keeping, key=lambda settled: settled.measured_percent), ratio
-    return min(tried, key=lambda settled: settled.measured_percent), ratio
-
-
 def _measured(timings: Timings, profiler: Profiler, settings: dict[Layer, Setting], target: Target) -> Settled:
-    before = _predicted(timings, settings, target)
+    before = predicted(timings, settings, target)
     base, measured, fresh = {}, {}, {}
     for layer, setting in settings.items():
         same = shape_of(layer), setting
@@ -101,10 +65,11 @@ def _measured(timings: Timings, profiler: Profiler, settings: dict[Layer, Settin
     return replace(before, measured=measured, measured_percent=percent)
 
 
-def _predicted(timings: Timings, settings: dict[Layer, Setting], target: Target) -> Settled:
+def predicted(timings: Timings, settings: dict[Layer, Setting], target: Target) -> Settled:
+    """What the table of times says of ``settings``."""
     base = {layer: timings.base(layer) for layer in settings}
-    predicted = {layer: timings.time(layer, setting.n_tb, setting.k_chunk) for layer, setting in settings.items()}
-    return Settled(settings, base, predicted, None, target.slowdown_percent(_total(base), _total(predicted)), None)
+    times = {layer: timings.time(layer, setting.n_tb, setting.k_chunk) for layer, setting in settings.items()}
+    return Settled(settings, base, times, None, target.slowdown_percent(_total(base), _total(times)), None)
 
 
 def _total(us: Mapping[Layer, float]) -> float:

@@ -21,7 +21,8 @@ from decide import Target
 from phases import Setting
 from profiling import Profiler
 from session import Session
-from settle import Settled, settle, settle_token
+from settle import Settled, settle
+from settle_token import exposed_by_kind, settle_token
 from shapes import Layer, Shapes
 from timings import Timings, read_profile
 from token_timer import TokenTimer
@@ -63,7 +64,7 @@ def tune(shapes: Shapes, session: Session, rows: list[dict], targets: list[Targe
                     session.rates.dram_gb_s, session.rates.link_gb_s, unit, versions, tuple(tuned))
 
     versions = {"torch": torch.__version__, "python": platform.python_version(), "library": session.conditions.library}
-    tuned, ratio = [], 1.0
+    tuned, exposed, ratio = [], None, 1.0
     for target in targets:
         def token_percent(settled: Settled, target: Target = target) -> float:
             return token_timer.slowdown_percent(plan_of([tuned_of(target, settled)]))
@@ -71,7 +72,12 @@ def tune(shapes: Shapes, session: Session, rows: list[dict], targets: list[Targe
         if token_timer is None or target.scope == "kernel":
             settled = settle(timings, profiler, decision, target, afresh=not session.device.simulated)
         else:
-            settled, ratio = settle_token(timings, profiler, decision, target, token_percent, ratio)
+            if exposed is None:
+                exposed = exposed_by_kind(timings, target, n_limit, token_percent)
+                print("in a token a compensated layer takes longer than its kernel alone by "
+                      + ", ".join(f"{us:.1f} us ({kind} {bits}-bit)" for (kind, bits), us in exposed.items()),
+                      file=sys.stderr)
+            settled, ratio = settle_token(timings, profiler, decision, target, token_percent, exposed, ratio)
         tuned.append(tuned_of(target, settled))
         if token_timer is not None and target.scope == "kernel":
             tuned[-1] = replace(tuned[-1], token_percent=token_percent(settled))

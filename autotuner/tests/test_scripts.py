@@ -79,14 +79,15 @@ for line in sys.stdin:
     if question:
         chosen = json.load(open(question["plan"]))["tuned"][0]
         assert chosen["target_percent"] == question["target"]
-        added = sum(c["count"] * (c["predicted_us"] - c["base_us"]) for c in chosen["choices"]) / 1000
-        answer["ms"] = 40.0 + FACTOR * added
+        added = sum(c["count"] * (FACTOR * (c["predicted_us"] - c["base_us"]) + (EXPOSED if c["kind"] == "o" else 0))
+                    for c in chosen["choices"] if c["k_chunk"]) / 1000
+        answer["ms"] = 40.0 + added
     print(json.dumps(answer), flush=True)
 """
 
 
 def test_a_runtime_tells_what_a_token_takes_under_a_kernel_target(call, profile, tmp_path):
-    (tmp_path / "runtime.py").write_text(FAKE_RUNTIME.replace("FACTOR", "0.5"))
+    (tmp_path / "runtime.py").write_text(FAKE_RUNTIME.replace("FACTOR", "0.5").replace("EXPOSED", "0"))
     printed = call(tuner, *RANDOM, "--profile", profile, "--out", tmp_path / "plan", "--target", 10,
                    "--timer", f"{sys.executable} {tmp_path / 'runtime.py'}")
     tuned = load_plan(tmp_path / "plan").at()
@@ -95,15 +96,16 @@ def test_a_runtime_tells_what_a_token_takes_under_a_kernel_target(call, profile,
     assert f"a token {tuned.token_percent:.1f}%" in printed and ", a token " in call(table3, tmp_path / "plan")
 
 
-@pytest.mark.parametrize("factor", [0.6, 1.0, 1.7])
-def test_a_runtime_has_the_last_word_on_end_to_end_targets(call, profile, tmp_path, factor):
-    """One in which compensation takes ``factor`` of the time that the kernels' times say."""
-    (tmp_path / "runtime.py").write_text(FAKE_RUNTIME.replace("FACTOR", str(factor)))
+@pytest.mark.parametrize("factor, exposed", [(0.6, 0), (1.0, 0), (1.7, 0), (1.0, 12), (0.8, 30)])
+def test_a_runtime_has_the_last_word_on_end_to_end_targets(call, profile, tmp_path, factor, exposed):
+    """One in which compensation takes ``factor`` of the time that the kernels' times say, and o ``exposed`` us more."""
+    (tmp_path / "runtime.py").write_text(FAKE_RUNTIME.replace("FACTOR", str(factor)).replace("EXPOSED", str(exposed)))
     call(tuner, *RANDOM, "--profile", profile, "--out", tmp_path / "plan", "--scope", "end-to-end", "--target", 5, 20,
          "--timer", f"{sys.executable} {tmp_path / 'runtime.py'}")
     for tuned in load_plan(tmp_path / "plan").tuned:
-        added = sum(c.count * (c.predicted_us - c.base_us) for c in tuned.choices) / 1000
-        assert tuned.measured_percent == pytest.approx(100 * factor * added / 40)
+        added = sum(c.count * (factor * (c.predicted_us - c.base_us) + (exposed if c.kind == "o" else 0))
+                    for c in tuned.choices if c.k_chunk) / 1000
+        assert tuned.measured_percent == pytest.approx(100 * added / 40)
         assert 0.8 * tuned.target_percent < tuned.measured_percent <= tuned.target_percent
         assert abs(tuned.predicted_percent - tuned.measured_percent) <= 0.5
         assert tuned.rest_us == pytest.approx(40_000 - sum(c.count * c.base_us for c in tuned.choices))
