@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from decdec.artifacts import REPAIR
 from decdec.errors import UserError
 from decdec.linear import Compensation
 from decdec.models import KINDS
@@ -38,6 +39,8 @@ def add_runtime_arguments(parser: argparse.ArgumentParser, model_required: bool 
     parser.add_argument("--target", type=float, metavar="PERCENT", help="of the plan's targets (default: its first)")
     parser.add_argument("--selection", default="exact", choices=("exact", "bucket"),
                         help="how channels are chosen: by exact magnitude (the default) or by the paper's buckets")
+    parser.add_argument("--repair", action="store_true",
+                        help=f"with the folder's static repair ({REPAIR}), which decdec_setup/repair.py makes")
     parser.add_argument("--compensate-prefill", action="store_true", help="compensate the prompt's positions too")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
     parser.add_argument("--dtype", choices=DTYPES,
@@ -70,7 +73,8 @@ def compensation_of(arguments: argparse.Namespace) -> Compensation | dict[str, C
         if len(values) not in (1, len(KINDS)):
             raise UserError(f"{flag}: expected one number, or {len(KINDS)} for {' '.join(KINDS)}, got {len(values)}")
     count = max(len(k_chunks), len(arguments.n_tb))
-    settings = [Compensation(k_chunk, arguments.selection, arguments.compensate_prefill, n_tb) for k_chunk, n_tb in
+    settings = [Compensation(k_chunk, arguments.selection, arguments.compensate_prefill, n_tb, repair=arguments.repair)
+                for k_chunk, n_tb in
                 zip(k_chunks * (count // len(k_chunks)), arguments.n_tb * (count // len(arguments.n_tb)))]
     return settings[0] if count == 1 else dict(zip(KINDS, settings))
 

@@ -52,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="DecDEC folder")
     parser.add_argument("--k-chunk", type=int, nargs="+", default=[0, 16], metavar="K", help="default 0 16")
+    parser.add_argument("--repair", action="store_true", help="with the folder's static repair")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
     parser.add_argument("--out", metavar="ROWS.jsonl", help="append a row for every path, prompt and k_chunk")
     arguments = parser.parse_args()
@@ -60,13 +61,13 @@ def main() -> None:
     tokenizer = models.load_tokenizer(arguments.model)
     ids = [tokenizer(prompt, return_tensors="pt").input_ids[0] for prompt in PROMPTS]
     for k_chunk in arguments.k_chunk:
-        setting = Compensation(k_chunk)
+        setting = Compensation(k_chunk, repair=arguments.repair)
         judge, first = Runtime(arguments.model, setting, "cpu"), None
         for device in dict.fromkeys(("cpu", default_device())):
             for path, tokens in texts(arguments.model, device, ids, setting, arguments.max_new_tokens):
                 first = first or tokens
                 for prompt, text, one, other in zip(ids, PROMPTS, first, tokens):
-                    row = {"bench": "same text", "path": path, "k_chunk": k_chunk, "prompt": text,
+                    row = {"bench": "same text", "path": path, "k_chunk": k_chunk, "repair": arguments.repair, "prompt": text,
                            "new_tokens": arguments.max_new_tokens, **parting(judge, prompt, one, other)}
                     print(json.dumps(row), flush=True)
                     if arguments.out:

@@ -5,6 +5,8 @@ leave it out). Log-likelihoods score given tokens in one pass over context and c
 on its own channels, as if each had been a decoding step.
 """
 
+import dataclasses
+
 import lm_eval.models.huggingface as huggingface
 import torch
 import transformers
@@ -33,8 +35,7 @@ class DecDECLM(huggingface.HFLM):
 
     def _switch(self, prefill: bool) -> None:
         if self.quantized and prefill != self._prefill:
-            c = self.compensation
-            hub.set_compensation(self.model, Compensation(c.k_chunk, c.selection, prefill, c.n_tb, c.seed))
+            hub.set_compensation(self.model, dataclasses.replace(self.compensation, prefill=prefill))
             self._prefill = prefill
 
     def _model_call(self, *args, **kwargs) -> torch.Tensor:

@@ -15,18 +15,21 @@ from decdec.files import append_row, read_json, read_rows
 from decdec.compensated import SELECTIONS, Compensation
 
 # What tells two subjects and their compensation apart, in the key of every measurement.
-SUBJECT_KEY = ("model", "weights_hash", "method", "bits", "selection", "k_chunk", "residual_bits", "nested", "dtype", "seed")
+SUBJECT_KEY = ("model", "weights_hash", "method", "bits", "selection", "k_chunk", "residual_bits", "nested", "repair", "dtype",
+               "seed")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to compensate; ``selection`` is ``"none"`` where nothing is compensated."""
+    """One way to compensate; ``selection`` is ``"none"`` where nothing is. ``repair``: with the folder's static repair."""
 
     selection: str = "none"
     k_chunk: int = 0
+    repair: bool = False
 
     def compensation(self, seed: int, prefill: bool) -> Compensation:
-        return Compensation(k_chunk=self.k_chunk, selection=self.selection if self.k_chunk else "bucket", prefill=prefill, seed=seed)
+        return Compensation(k_chunk=self.k_chunk, selection=self.selection if self.k_chunk else "bucket", prefill=prefill, seed=seed,
+                            repair=self.repair)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Subject:
     dtype: str
     device: str
     seed: int
+    repair: bool = False
 
     def load(self) -> nn.Module:
         """The model, compensating nothing yet."""
@@ -64,23 +68,27 @@ class Subject:
     def settings(self, selections: list[str], k_chunks: list[int]) -> list[Setting]:
         """What to measure; ``k_chunk`` 0 is the same for every selection and measured once."""
         if self.quant is None:
-            if any(k_chunks):
-                raise UserError(f"--k-chunk: {self.source} is not a DecDEC folder, only 0 can be measured")
+            if any(k_chunks) or self.repair:
+                raise UserError(f"--{'repair' if self.repair else 'k-chunk'}: {self.source} is not a DecDEC folder, only k_chunk 0 "
+                                "can be measured")
             return [Setting()]
-        base = [Setting()] if 0 in k_chunks else []
-        return base + [Setting(selection, k) for selection in selections for k in k_chunks if k]
+        base = [Setting(repair=self.repair)] if 0 in k_chunks else []
+        return base + [Setting(selection, k, self.repair) for selection in selections for k in k_chunks if k]
 
     def residual(self) -> dict:
         """Bits and form of the residuals, from the cheatsheet."""
-        sheet = artifacts.load_cheatsheet(self.cheatsheet or Path(self.source) / artifacts.CHEATSHEET, self.quant)
+        folder = Path(self.source)
+        source = hub.Source(folder, self.quant, self.cheatsheet or folder / artifacts.CHEATSHEET)
+        sheet = artifacts.load_cheatsheet(source.residuals(self.repair), self.quant)
         return {"residual_bits": sheet.bits, "nested": sheet.nested}
 
     def compensated_rows(self, bench: str, settings: list[Setting]) -> list[dict]:
         """For every setting the part of its row that says what was compensated with what."""
         residual = self.residual() if any(setting.k_chunk for setting in settings) else {}
         none = {"residual_bits": None, "nested": None}
+        repair = artifacts.load_repair(Path(self.source) / artifacts.REPAIR, self.quant).hash if self.repair else None
         return [self.describe(bench) | {"selection": setting.selection, "k_chunk": setting.k_chunk,
-                                        **(residual if setting.k_chunk else none)} for setting in settings]
+                                        **(residual if setting.k_chunk else none), "repair": repair} for setting in settings]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,6 +104,8 @@ def add_settings(parser: argparse.ArgumentParser, k_chunk: int = 0) -> None:
                         help=f"channels a chunk, 0..1024 (default {k_chunk})")
     parser.add_argument("--selection", nargs="+", default=["bucket"], choices=SELECTIONS,
                         help="how channels are chosen (default bucket, the paper's)")
+    parser.add_argument("--repair", action="store_true",
+                        help=f"with the folder's static repair, and the residuals of what it leaves ({artifacts.REPAIRED_CHEATSHEET})")
 
 
 def from_arguments(arguments: argparse.Namespace) -> Subject:
@@ -110,7 +120,8 @@ def from_arguments(arguments: argparse.Namespace) -> Subject:
     folder = Path(arguments.model)
     quantized = folder.is_dir() and "quantization_config" in read_json(folder / "config.json")
     return Subject(arguments.model, artifacts.read_quant_config(folder) if quantized else None,
-                   Path(arguments.cheatsheet) if arguments.cheatsheet else None, dtype, arguments.device, arguments.seed)
+                   Path(arguments.cheatsheet) if arguments.cheatsheet else None, dtype, arguments.device, arguments.seed,
+                   getattr(arguments, "repair", False))
 
 
 def folder_from_arguments(arguments: argparse.Namespace) -> Subject:

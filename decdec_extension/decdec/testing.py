@@ -1,5 +1,6 @@
 """What the tests of several rooms share: running scripts as a user does, reading refusals, quick model folders."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -60,6 +61,34 @@ def quick_folder(model, folder: str | Path, form: str = "codebook", bits: int = 
     sheet = artifacts.Cheatsheet(residual_bits, nested, residual, scale, row_scale=row_scale)
     artifacts.save_cheatsheet(folder / artifacts.CHEATSHEET, sheet, quant)
     artifacts.save_thresholds(folder / artifacts.THRESHOLDS, artifacts.Thresholds({}, largest, mean_square), quant)
+    return folder
+
+
+def add_repair(folder: str | Path, rank: int = 3, without: str = "k_proj") -> Path:
+    """Give a quick folder a made-up static repair, of all layers but those ``without`` names, attention's inputs centred, and as
+    residuals of what it leaves its own from the last input to the first; returns the folder."""
+    from decdec import artifacts
+    from decdec.models import layer_kind
+    from decdec.repair import LayerRepair
+
+    folder, layers = Path(folder), {}
+    quant = artifacts.read_quant_config(folder)
+    sheet = artifacts.load_cheatsheet(folder / artifacts.CHEATSHEET, quant)
+    for number, (name, rows) in enumerate(sheet.residual.items()):
+        generator = torch.Generator().manual_seed(number)
+        d_in, d_out = len(rows), sheet.scale[name].shape[1]
+        kept = 0 if without in name else rank
+        mean = constant = None
+        if layer_kind(name) == "qkv":
+            mean, constant = torch.linspace(-0.2, 0.2, d_in), torch.linspace(-0.1, 0.1, d_out).half()
+        if kept or mean is not None:
+            down = torch.randn((kept, d_in), generator=generator) / d_in**0.5
+            up = torch.randn((d_out, kept), generator=generator) / 10
+            layers[name] = LayerRepair(down.half(), up.half(), mean, constant)
+    repair = artifacts.Repair({"rank": rank}, layers)
+    artifacts.save_repair(folder / artifacts.REPAIR, repair, quant)
+    remains = dataclasses.replace(sheet, residual={name: rows.flip(0) for name, rows in sheet.residual.items()}, repair=repair.hash)
+    artifacts.save_cheatsheet(folder / artifacts.REPAIRED_CHEATSHEET, remains, quant)
     return folder
 
 

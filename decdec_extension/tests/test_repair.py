@@ -7,13 +7,12 @@ import torch
 from torch.testing import assert_close
 
 from decdec import hub, packing
-from decdec.artifacts import (REPAIR, REPAIRED_CHEATSHEET, Cheatsheet, Repair, load_cheatsheet, load_repair, read_quant_config,
-                              save_cheatsheet, save_repair)
+from decdec.artifacts import REPAIR, REPAIRED_CHEATSHEET, Repair, load_cheatsheet, load_repair, read_quant_config, save_repair
 from decdec.errors import UserError
 from decdec.linear import FEW_ROWS, Compensation, CompensatedLinear, fuse
 from decdec.models import load_model
 from decdec.repair import LayerRepair, join
-from decdec.testing import quick_folder
+from decdec.testing import add_repair, quick_folder
 from decdec.tiny import make_model
 
 D_IN, D_OUT, RANK = 1100, 40, 3
@@ -110,18 +109,9 @@ def test_layers_of_one_input_have_one_mean():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model's folder with a repair of some layers, and 8-bit residuals that are not the plain ones."""
+    """A tiny model's folder with a repair, and residuals beside it that are not the plain ones."""
     path = tmp_path_factory.mktemp("repair")
-    quick_folder(load_model(str(make_model(path / "original")), torch.float32), path / "quick")
-    quant = read_quant_config(path / "quick")
-    sheet = load_cheatsheet(path / "quick" / "cheatsheet.pt", quant)
-    layers = {name: repair_of(len(rows), sheet.scale[name].shape[1], seed=i)
-              for i, (name, rows) in enumerate(sheet.residual.items()) if "k_proj" not in name}
-    repair = Repair({"rank": RANK}, layers)
-    save_repair(path / "quick" / REPAIR, repair, quant)
-    remains = Cheatsheet(4, False, {name: rows.flip(0) for name, rows in sheet.residual.items()}, sheet.scale, repair=repair.hash)
-    save_cheatsheet(path / "quick" / REPAIRED_CHEATSHEET, remains, quant)
-    return path / "quick"
+    return add_repair(quick_folder(load_model(str(make_model(path / "original")), torch.float32), path / "quick"), without="down_proj")
 
 
 @torch.no_grad()
@@ -134,9 +124,10 @@ def test_one_option_switches_it_on_and_off(folder, tmp_path):
     static = model(ids).logits
     sizes.append(hub.memory(model)["device_bytes"])
     assert not torch.equal(static, plain)
-    assert sizes[1] - sizes[0] == sum(tensor.nbytes * 2 for repair in repairs.values() for tensor in repair.tensors())  # as float32
+    added = sum(tensor.numel() for repair in repairs.values() for tensor in repair.tensors())
+    assert sizes[1] - sizes[0] == 4 * added  # as float32
     for name, layer in hub.compensated_layers(model).items():
-        assert (layer.repair is None) == ("k_proj" in name)
+        assert (layer.repair is None) == ("down_proj" in name)
     hub.set_compensation(model, Compensation(8, "exact", prefill=True, repair=True))
     both = model(ids).logits
     name, layer = next(iter(hub.compensated_layers(model).items()))

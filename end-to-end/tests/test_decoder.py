@@ -9,7 +9,7 @@ import decoder as decoder_module
 from decdec import hub
 from decdec.errors import UserError
 from decdec.linear import Compensation
-from decdec.testing import quick_folder
+from decdec.testing import add_repair, quick_folder
 from decoder import Decoder
 from generation import Timing, generate
 from random_model import random_model
@@ -91,6 +91,20 @@ def test_compensated_logits_equal_the_attached_model(tmp_path, shape, form, nest
     assert_close(seen[1][0], seen[0][0])  # the prompt is not compensated unless asked
     assert not torch.allclose(seen[1][1], seen[0][1], atol=1e-3)
     assert not torch.allclose(seen[2][0], seen[0][0], atol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["codebook", "uniform"])
+def test_a_static_repair_goes_through_the_decoder_too(tmp_path, form):
+    folder = add_repair(quick_folder(original("biases"), tmp_path / "m", form))
+    decoder, seen = Decoder(hub.load(folder)), []
+    for k_chunk, repair in ((0, False), (0, True), (8, True)):
+        setting = Compensation(k_chunk, "exact", repair=repair)
+        hub.set_compensation(decoder, setting)
+        seen.append(logits_of_decoder(decoder, PROMPT, 15))
+        want = logits_of_hugging_face(hub.load(folder, compensation=setting), PROMPT, 15)
+        assert_close(seen[-1], want, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(seen[1][0], seen[0][0], atol=1e-3)  # the prompt is repaired too
+    assert not torch.allclose(seen[2][1], seen[1][1], atol=1e-3)
 
 
 def test_half_precision_follows_hugging_face(tmp_path):

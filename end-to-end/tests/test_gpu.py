@@ -7,7 +7,7 @@ import transformers
 from decdec import hub
 from decdec.errors import UserError
 from decdec.linear import Compensation
-from decdec.testing import quick_folder
+from decdec.testing import add_repair, quick_folder
 from decoder import Decoder
 from generation import generate
 from runtime import Runtime
@@ -80,6 +80,26 @@ def test_logits_are_as_near_to_exact_ones_as_hugging_face(tmp_path, shape, form,
         # Where rounding chooses other channels the error is of another size, for either.
         allowed = 2 * (theirs - exact).abs().mean() + 0.01 * exact.std() * (0 < setting.k_chunk < 1024)
         assert (ours - exact).abs().mean() <= allowed, setting
+
+
+@pytest.mark.parametrize("form", ["codebook", "uniform"])
+def test_a_static_repair_runs_in_the_graph(tmp_path, form):
+    folder = add_repair(quick_folder(original("biases"), tmp_path / "m", form))
+    runtime = Runtime(folder, device="cuda")
+    model = hub.load(folder, torch.float16, device="cuda")
+    for setting in (Compensation(0, repair=True), Compensation(8, "exact", repair=True), Compensation(1024, "exact", repair=True)):
+        runtime.compensate(setting)
+        hub.set_compensation(model, setting)
+        exact = logits_of_hugging_face(hub.load(folder, compensation=setting))
+        theirs, ours = logits_of_hugging_face(model), logits_of_decoder(runtime.decoder)
+        allowed = 2 * (theirs - exact).abs().mean() + 0.01 * exact.std() * (0 < setting.k_chunk < 1024)
+        assert (ours - exact).abs().mean() <= allowed, setting
+        in_graph = list(runtime.stream(PROMPT.tolist(), 30, stop=()))
+        decoder = Decoder(hub.load(folder, torch.float16)).cuda()
+        hub.set_compensation(decoder, setting)
+        stepper = Stepper(decoder)
+        stepper.on_gpu = False  # step by step
+        assert in_graph == list(generate(stepper, PROMPT, 30))
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3", "longrope"])

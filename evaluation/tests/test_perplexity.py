@@ -45,6 +45,24 @@ def test_everything_restored_is_full_precision(original, folder, tmp_path):
     assert restored["host_bytes"] > base["device_bytes"] > 0
 
 
+def test_with_a_static_repair_everything_restored_is_full_precision_too(original, folder, tmp_path):
+    out, remains = tmp_path / "rows.jsonl", tmp_path / "remains.pt"
+    made = [("repair.py", folder, "--center", "on", "--text", "pydoc", "--samples", 4, "--length", 64),
+            ("cheatsheet.py", folder, "--repaired", "--bits", 16, "--out", remains)]
+    for script, *arguments in made:
+        result = run_script(ROOT / "decdec_setup" / script, *arguments)
+        assert result.returncode == 0, result.stderr
+    full, = rows_of(out, original)
+    rows_of(out, folder)  # is another measurement than that with the repair
+    _, base, repaired, restored = rows_of(out, folder, "--repair", "--cheatsheet", remains, "--k-chunk", 0, 1024, "--selection", "exact")
+    assert restored["perplexity"] == pytest.approx(full["perplexity"], rel=2e-4)
+    assert base["repair"] is None and repaired["repair"] == restored["repair"] is not None
+    assert abs(repaired["perplexity"] - base["perplexity"]) > 1e-3 and repaired["device_bytes"] > base["device_bytes"]
+    (folder / "repair.pt").unlink()
+    assert "repair.pt: no such file" in refused(measure(out, folder, "--repair"))
+    assert "--repair" in refused(measure(out, original, "--repair"))
+
+
 def test_a_setting_is_measured_once(folder, tmp_path):
     out = tmp_path / "rows.jsonl"
     first = rows_of(out, folder, "--k-chunk", 0, 8)
