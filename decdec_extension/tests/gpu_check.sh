@@ -17,13 +17,17 @@ part() {
     echo "$name: passed in $((SECONDS - start)) s: $(tail -n 1 "$logs/$name")"
   else
     touch "$logs/failed"
-    echo "$name: failed"
-    tail -n 60 "$logs/$name"
+    echo "$name: failed in $((SECONDS - start)) s"
+    grep -m 40 '^========= ' "$logs/$name"
+    tail -n 40 "$logs/$name"
   fi
 }
 test_ops=("$python" -m pytest -q -p no:cacheprovider "$tests/test_cuda_ops.py")
 
-part "every test but random cases" "${test_ops[@]}" -k "not random_cases" &
+part "selection" "${test_ops[@]}" -k selection &
+part "graphs, streams and compiled calls" "${test_ops[@]}" -k "graph or stream or compile or arena or dependent or same" &
+part "every other test" "${test_ops[@]}" \
+  -k "not (random_cases or selection or graph or stream or compile or arena or dependent or same)" &
 for seed in $(seq "$processes"); do
   part "random cases from seed $seed" env DECDEC_SEED="$seed" DECDEC_CASES=$((cases / processes)) \
     "${test_ops[@]}" -k random_cases &
