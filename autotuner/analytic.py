@@ -67,10 +67,13 @@ def compensated_us(layer: Layer, n_tb: int, k_chunk: int, rates: Rates) -> float
 
 
 def fitted_fixed_us(layer: Layer, points: Iterable[tuple[int, float]], base: float, link_gb_s: float) -> float:
-    """The fixed cost of fetching that measured ``(k_chunk, us)`` show: what the slowest points leave when the link's
-    time is taken off.
+    """The fixed cost of fetching that measured ``(k_chunk, us)`` show: what is left of the time when the link's is taken
+    off, at the median.
 
-    Only points well above the ``base`` time tell it: below, fetching is hidden. 0 if there are none.
+    Only points well above the ``base`` time, in the upper half of the range, tell it: below, fetching is hidden. 0 if
+    there are none.
     """
-    left = [us - fetch_us(layer, k, link_gb_s, 0.0) for k, us in points if us > 1.2 * base]
+    points = list(points)
+    middle = max((k for k, _ in points), default=0) / 2
+    left = [us - fetch_us(layer, k, link_gb_s, 0.0) for k, us in points if us > 1.2 * base and k >= middle]
     return max(0.0, sorted(left)[len(left) // 2]) if left else 0.0

@@ -25,16 +25,16 @@ def normalised(timings: Timings, layer: Layer) -> np.ndarray:
 
 def draw(path: Path, layer: Layer, of_sms: dict[int, Timings]) -> None:
     curves = {sms: normalised(timings, layer) for sms, timings in sorted(of_sms.items())}
-    with style.figure(path) as (_, axes):
+    with style.figure(path, height=2.6) as (_, axes):
         for look, (sms, curve) in zip(style.LINES, curves.items()):
             axes.plot(np.arange(len(curve)), curve, label=f"{sms} SMs, base {of_sms[sms].base(layer):.0f} us",
                       **look | {"marker": None})
         axes.set_xlabel("$k_{chunk}$ (channels per 1024)")
         axes.set_ylabel("time over base GEMV")
-        axes.set_title(f"{layer.label}, {layer.d_in}x{layer.d_out}, {next(iter(of_sms.values())).conditions.device}")
+        axes.set_title(f"{layer.label}, {layer.d_in}x{layer.d_out}\n{next(iter(of_sms.values())).conditions.device}")
         axes.set_ylim(0.95, 2.5)
         axes.set_xlim(0, np.nanmax([np.searchsorted(np.nan_to_num(curve), 2.5) for curve in curves.values()]))
-        axes.legend()
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncol=2)
 
 
 def main() -> None:

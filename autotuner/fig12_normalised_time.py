@@ -34,7 +34,7 @@ def draw(path: Path, layer: Layer, timings: Timings, dram_gb_s: float, link_gb_s
     last = max(max(points) for points in lines.values())
     fastest = min(lines, key=lambda n_tb: lines[n_tb][max(lines[n_tb])] / max(lines[n_tb]))
     fixed = analytic.fitted_fixed_us(layer, lines[fastest].items(), base, link_gb_s)
-    with style.figure(path) as (_, axes):
+    with style.figure(path, height=2.6) as (_, axes):
         for look, n_tb in zip(style.LINES, shown(lines, fastest)):
             points = {0: base} | lines[n_tb]
             axes.plot(sorted(points), [points[k] / base for k in sorted(points)], label=f"$n_{{tb}}$ = {n_tb}", **look)
@@ -46,9 +46,9 @@ def draw(path: Path, layer: Layer, timings: Timings, dram_gb_s: float, link_gb_s
         axes.set_xlabel("$k_{chunk}$ (channels per 1024)")
         axes.set_ylabel("time over base GEMV")
         here = timings.conditions
-        axes.set_title(f"{layer.label}, {layer.d_in}x{layer.d_out}, {here.device}, {here.sms} SMs")
+        axes.set_title(f"{layer.label}, {layer.d_in}x{layer.d_out}\n{here.device}, {here.sms} SMs")
         axes.set_ylim(0.9, 1.05 * max(2.0, lines[fastest][max(lines[fastest])] / base))
-        axes.legend()
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncol=3)
 
 
 def main() -> None:

@@ -31,7 +31,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def token_ms(tuned: Tuned, compensated: bool) -> float:
-    """Milliseconds a token: the linear layers' times, measured where the plan has them, and the rest of the token."""
+    """Milliseconds a token: as a runtime measured it where one did, else the linear layers' times, measured where the plan
+    has them, and the rest of the token."""
+    if compensated and tuned.scope == "end-to-end" and tuned.measured_percent is not None:
+        return token_ms(tuned, False) * (1 + tuned.measured_percent / 100)
     layers = sum(choice.count * ((choice.measured_us or choice.predicted_us) if compensated else choice.base_us)
                  for choice in tuned.choices)
     return (layers + tuned.rest_us) / 1000

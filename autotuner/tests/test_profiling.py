@@ -139,6 +139,14 @@ def test_mixed_bits_are_tuned_apart_by_the_paper_and_together_by_gains(tmp_path)
     assert {layer.count for layer in layers} == {16}
 
 
+@pytest.mark.parametrize("layer", LAYERS, ids=[layer.kind for layer in LAYERS])
+def test_the_fixed_cost_is_found_in_the_points(layer):
+    points = [(k, analytic.compensated_us(layer, 4, k, RATES)) for k in range(1, 200)]
+    found = analytic.fitted_fixed_us(layer, points, analytic.base_us(layer, RATES), RATES.link_gb_s)
+    assert found == pytest.approx(RATES.fixed_us)
+    assert analytic.fitted_fixed_us(layer, [], 10.0, RATES.link_gb_s) == 0
+
+
 def test_missing_and_falling_times():
     assert interpolated({2: 12.0, 4: 16.0}, 10.0).tolist() == [10.0, float("inf"), 12.0, 14.0, 16.0]
     assert interpolated({}, 10.0).tolist() == [10.0]

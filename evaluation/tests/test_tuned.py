@@ -1,8 +1,10 @@
 """Rows of plans whose blocks differ, and which folders the paper looks closer at."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from narrowest import mean_bits
 from tuned import by_kind, token_ms
 
@@ -25,6 +27,8 @@ def test_blocks_that_differ_are_told_apart_and_others_are_not(tmp_path):
     plan = tuned(choice("o", 8, 0), choice("o", 8, 1), choice("d", 0, 0), choice("d", 90, 1, 5.0))
     assert by_kind(plan, "k_chunk") == {"o3": 8, "d3": [0, 90]}
     assert token_ms(plan, True) == (3 + 3 + 3 + 5 + 1000) / 1000 and token_ms(plan, False) == (4 * 2 + 1000) / 1000
+    in_runtime = replace(plan, scope="end-to-end", measured_percent=10.0)  # what a runtime measured counts, not what kernels add up to
+    assert token_ms(in_runtime, True) == pytest.approx(1.1 * token_ms(plan, False))
     append_row(tmp_path / "rows", {"bench": "tuned", "model": "m", "method": "awq", "bits": 3, "gpu": "4090", "timing": "simulated",
                                    "scope": "kernel", "target_percent": 5, "predicted_percent": 4.0, "measured_percent": None,
                                    "k_chunk": by_kind(plan, "k_chunk"), "n_tb": by_kind(plan, "n_tb")})
