@@ -12,6 +12,14 @@
 
 namespace decdec::cuda {
 
+static_assert(kMaxSplits == 32);  // a lane for every part
+
+__device__ __forceinline__ float warp_max(float v) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffff, v, mask));
+  return v;
+}
+
 // What a lane turns: pairs lane, lane + 32, ... of a head.
 struct Turn {
   float cosine[kMaxHeadDim / 64], sine[kMaxHeadDim / 64];
@@ -61,14 +69,16 @@ __device__ inline void prepare_head(const AttendParams& p, int from_head, const 
 // kLanes lanes read a place's key or value, eight numbers each; kHeads query heads are served; kAtOnce keys and values
 // are on the way to a lane.
 template <Dtype kDtype, int kLanes, int kHeads, int kAtOnce>
-__global__ void __launch_bounds__(kAttendThreads) attend_kernel(const __grid_constant__ AttendParams p) {
+__global__ void __launch_bounds__(kAttendThreads, kHeads <= 4 ? 2 : 1) attend_kernel(const __grid_constant__ AttendParams p) {
   constexpr int kWide = 8 * kLanes;  // head_dim, rounded up
   constexpr int kRows = 32 / kLanes;
+  constexpr bool kEarlyKeys = kAtOnce <= 4;  // the next keys are fetched while these are weighed, if registers allow
   __shared__ float queries[kHeads][kWide];
   __shared__ float merged[kAttendWarps][kHeads][kWide];
   __shared__ float2 weights[kAttendWarps][kHeads];  // largest score, weight
   __shared__ float key[kWide];
   __shared__ __align__(16) uint16_t new_key[kWide], new_value[kWide];
+  __shared__ float shares[kHeads][kMaxSplits];
   __shared__ bool last_block;
   allow_next_kernel();
 
@@ -93,18 +103,18 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(const __grid_con
   constexpr int kStride = kAttendWarps * kRows;
   int64_t start = first + warp * kRows + lane / kLanes;
   uint4 k[kAtOnce], v[kAtOnce];
-  const auto fetch = [&] {
+  const auto fetch = [&](bool some_keys, bool some_values) {
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
       const int64_t place = start + u * kStride;
-      k[u] = v[u] = make_uint4(0, 0, 0, 0);
-      if (place < min(end, live - 1) && reads) {
-        k[u] = *reinterpret_cast<const uint4*>(keys + place * dim + 8 * piece);
-        v[u] = *reinterpret_cast<const uint4*>(values + place * dim + 8 * piece);
-      }
+      if (some_keys) k[u] = make_uint4(0, 0, 0, 0);
+      if (some_values) v[u] = make_uint4(0, 0, 0, 0);
+      if (place >= min(end, live - 1) || !reads) continue;
+      if (some_keys) k[u] = *reinterpret_cast<const uint4*>(keys + place * dim + 8 * piece);
+      if (some_values) v[u] = *reinterpret_cast<const uint4*>(values + place * dim + 8 * piece);
     }
   };
-  fetch();
+  fetch(true, true);
   const Turn turn(p, position);
   wait_for_last_kernel();
 
@@ -133,9 +143,10 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(const __grid_con
     for (int j = 0; j < 8; ++j) query[h][j] = queries[h][8 * piece + j], sum[h][j] = 0;
   }
   while (start - lane / kLanes < end) {
+    const int64_t now = start;
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      if (start + u * kStride == live - 1 && reads) {
+      if (now + u * kStride == live - 1 && reads) {
         k[u] = *reinterpret_cast<const uint4*>(new_key + 8 * piece);
         v[u] = *reinterpret_cast<const uint4*>(new_value + 8 * piece);
       }
@@ -153,6 +164,8 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(const __grid_con
         score[u][h] = dot;
       }
     }
+    start += kStride * kAtOnce;
+    if (kEarlyKeys) fetch(true, false);
 #pragma unroll
     for (int mask = kLanes / 2; mask > 0; mask /= 2) {
 #pragma unroll
@@ -166,7 +179,7 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(const __grid_con
       float top = largest[h];
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
-        if (start + u * kStride >= end) score[u][h] = -INFINITY;
+        if (now + u * kStride >= end) score[u][h] = -INFINITY;
         top = fmaxf(top, score[u][h]);
       }
       const float shrink = exp2f(largest[h] - top);
@@ -187,8 +200,7 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(const __grid_con
         for (int j = 0; j < 8; ++j) sum[h][j] = fmaf(score[u][h], numbers[j], sum[h][j]);
       }
     }
-    start += kStride * kAtOnce;
-    fetch();
+    fetch(!kEarlyKeys, true);
   }
 
   // The groups of lanes of a warp, then the warps.
@@ -242,18 +254,21 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(const __grid_con
   __syncthreads();
   if (!last_block) return;
   if (threadIdx.x == 0) p.counters[blockIdx.y] = 0;
+  // A warp a head finds the shares of its parts, one a lane; then all parts are read at once.
+  for (int h = warp; h < heads; h += kAttendWarps) {
+    const float* from = parts + (int64_t{head + h} * p.splits + lane) * part + dim;
+    const float score = lane < active ? __ldcg(from) : -INFINITY, weight = lane < active ? __ldcg(from + 1) : 0.f;
+    const float factor = exp2f(score - warp_max(score));
+    shares[h][lane] = factor / warp_sum(weight * factor);
+  }
+  __syncthreads();
   for (int i = threadIdx.x; i < heads * dim; i += kAttendThreads) {
     const int h = i / dim, d = i % dim;
-    const float* from = parts + int64_t{head + h} * p.splits * part;
-    float top = -1e30f, total = 0, share = 0;
-    for (int s = 0; s < active; ++s) {
-      const float score = __ldcg(from + s * part + dim), next = fmaxf(top, score);
-      const float shrink = exp2f(top - next), factor = exp2f(score - next);
-      total = total * shrink + __ldcg(from + s * part + d) * factor;
-      share = share * shrink + __ldcg(from + s * part + dim + 1) * factor;
-      top = next;
-    }
-    store_element(p.out, int64_t{head} * dim + i, kDtype, total / share);
+    const float* from = parts + int64_t{head + h} * p.splits * part + d;
+    float total = 0;
+#pragma unroll 16
+    for (int s = 0; s < active; ++s) total = fmaf(__ldcg(from + s * part), shares[h][s], total);
+    store_element(p.out, int64_t{head} * dim + i, kDtype, total);
   }
 }
 

@@ -24,9 +24,9 @@ void launch_attend_lanes(const AttendParams& p, cudaStream_t stream) {
     case 2:
       return run(attend_kernel<kDtype, kLanes, 2, kAtOnce>);
     case 4:
-      return run(attend_kernel<kDtype, kLanes, 4, kAtOnce>);
+      return run(attend_kernel<kDtype, kLanes, 4, kAtOnce / 2>);
     default:
-      if constexpr (kLanes < 32) run(attend_kernel<kDtype, kLanes, 8, kAtOnce>);
+      if constexpr (kLanes < 32) run(attend_kernel<kDtype, kLanes, 8, kAtOnce / 2>);
   }
 }
 
