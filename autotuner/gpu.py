@@ -139,16 +139,19 @@ class _Bank:
         scale = None
         if layer.residual_bits != 16:
             scale = normal(groups if layer.nested else 1, layer.d_out).abs()
+        # Nested residuals of codebooks come with a size per row (decdec.residual).
+        sized = layer.nested and layer.format == "codebook"
+        row_scale = normal(layer.d_in, of=torch.float32).abs() if sized else None
         workspace = torch.zeros(arena.workspace_bytes(layer.d_out, 1), dtype=torch.uint8, device="cuda")
-        return normal(1, layer.d_in, of=dtype), base, residual.random_(0, 256, generator=random), scale, workspace
+        return normal(1, layer.d_in, of=dtype), base, residual.random_(0, 256, generator=random), scale, row_scale, workspace
 
     def call(self, copy: int, n_tb: int, k_chunk: int) -> Tensor:
-        layer, (x, base, residual, scale, workspace) = self.layer, self.sets[copy]
+        layer, (x, base, residual, scale, row_scale, workspace) = self.layer, self.sets[copy]
         if k_chunk == 0:
             return self.gemv(x, *base)
         b_0, b_15 = self.boundaries(k_chunk) if self.bucket else (None, None)
         return self.compensated(x, *base, None, residual, scale, layer.residual_bits, layer.nested, k_chunk, b_0, b_15,
-                                n_tb=n_tb, workspace=workspace)
+                                n_tb=n_tb, workspace=workspace, row_scale=row_scale)
 
     @staticmethod
     def boundaries(k_chunk: int) -> tuple[float, float]:

@@ -3,6 +3,7 @@ is met by the runtime."""
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,18 @@ def test_fewer_sms_take_longer_and_all_are_there_again_afterwards():
     whole, some, few, whole_again = (base_us(sms) for sms in (None, 60, 16, None))
     assert few > 1.5 * some and some > 0.9 * whole
     assert whole_again == pytest.approx(whole, rel=0.1)
+
+
+@pytest.mark.parametrize("selection", ["exact", "bucket"])
+@pytest.mark.parametrize("form", ["codebook", "uniform"])
+@pytest.mark.parametrize("residuals", [{}, {"residual_bits": 2, "nested": True}, {"residual_bits": 16}], ids=str)
+def test_every_form_of_residuals_can_be_timed(form, selection, residuals):
+    import gpu
+
+    layer = replace(random_weights("llama-3-8b", 3, form).layers[1], d_in=2048, **residuals)
+    timer = gpu.GpuTimer("bfloat16", selection)
+    base, compensated = (timer.time(layer, 4, k_chunk).us for k_chunk in (0, 32))
+    assert 1 < base < compensated < 1000
 
 
 @pytest.fixture(scope="module")
