@@ -98,13 +98,13 @@ class Block(nn.Module):
         ``mask`` is bool ``(T, live)``: the first ``live`` places of the cache are attended where it is true.
         """
         heads, kv_heads, live = self.heads, self.kv_heads, mask.shape[1]
-        q, k, v = (self.qkv(self.input_norm(x)).view(len(x), heads + 2 * kv_heads, self.head_dim)
-                   .split((heads, kv_heads, kv_heads), dim=1))
+        qk, v = self.qkv(self.input_norm(x)).view(len(x), -1, self.head_dim).split((heads + kv_heads, kv_heads), dim=1)
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        keys.index_copy_(1, positions, _rotate(k, *rotary).transpose(0, 1))
+            qk = torch.cat((self.q_norm(qk[:, :heads]), self.k_norm(qk[:, heads:])), dim=1)
+        q, k = _rotate(qk, *rotary).transpose(0, 1).split((heads, kv_heads))
+        keys.index_copy_(1, positions, k)
         values.index_copy_(1, positions, v.transpose(0, 1))
-        attended = F.scaled_dot_product_attention(_rotate(q, *rotary).transpose(0, 1)[None], keys[None, :, :live],
+        attended = F.scaled_dot_product_attention(q[None], keys[None, :, :live],
                                                   values[None, :, :live], attn_mask=mask, scale=self.scaling,
                                                   enable_gqa=heads != kv_heads)
         x = x + self.o(attended[0].transpose(0, 1).reshape(len(x), heads * self.head_dim))
