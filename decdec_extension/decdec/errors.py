@@ -10,7 +10,8 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's ``main``; a user's mistake, a full disk or Ctrl-C ends in one line on stderr and a non-zero exit."""
+    """Run a script's ``main``; a user's mistake, a full disk or GPU, or Ctrl-C ends in one line on stderr and a non-zero
+    exit."""
     try:
         main()
     except UserError as error:
@@ -24,4 +25,10 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EACCES, errno.EROFS, errno.EISDIR, errno.ENOTDIR):
             sys.exit(f"error: {error.filename or 'output'}: {error.strerror}")
+        raise
+    except RuntimeError as error:
+        import torch
+
+        if isinstance(error, torch.OutOfMemoryError):
+            sys.exit(f"error: GPU memory: {'. '.join(str(error).split('. ')[:2])}")
         raise
