@@ -58,12 +58,18 @@ def fetch_us(layer: Layer, k_chunk: int, link_gb_s: float, fixed_us: float) -> f
     return fixed_us + layer.residual_bytes(k_chunk) / (link_gb_s * 1e3)
 
 
+def repair_us(layer: Layer, rates: Rates) -> float:
+    """Time of a layer's static repair: two small products and an addition, microseconds."""
+    return 3 * rates.launch_us + layer.repair_bytes / (rates.dram_gb_s * 1e3) if layer.repair_rank else 0.0
+
+
 def compensated_us(layer: Layer, n_tb: int, k_chunk: int, rates: Rates) -> float:
-    """Time of the compensated GEMV with ``n_tb`` fetching blocks, microseconds."""
+    """Time of the compensated GEMV with ``n_tb`` fetching blocks, and of the repair that comes with it, microseconds."""
     if k_chunk == 0:
         return base_us(layer, rates)
     link = min(rates.link_gb_s, n_tb * rates.block_gb_s)
-    return max(base_us(layer, rates, max(1, rates.sms - n_tb)), fetch_us(layer, k_chunk, link, rates.fixed_us))
+    fetch = fetch_us(layer, k_chunk, link, rates.fixed_us)
+    return max(base_us(layer, rates, max(1, rates.sms - n_tb)), fetch) + repair_us(layer, rates)
 
 
 def fitted_fixed_us(layer: Layer, points: Iterable[tuple[int, float]], base: float, link_gb_s: float) -> float:

@@ -19,6 +19,7 @@ from torch import Tensor
 import decdec
 from decdec import arena, ops, packing
 from decdec.errors import UserError
+from decdec.repair import LayerRepair
 
 COLD_BYTES = 256 * 2**20  # distinct weights walked through in one replay: five times the 50 MB L2 of an H100
 WARM_UP, SAMPLES = 3, 31
@@ -142,16 +143,21 @@ class _Bank:
         # Nested residuals of codebooks come with a size per row (decdec.residual).
         sized = layer.nested and layer.format == "codebook"
         row_scale = normal(layer.d_in, of=torch.float32).abs() if sized else None
+        repair = None
+        if layer.repair_rank:
+            repair = LayerRepair(normal(layer.repair_rank, layer.d_in, of=dtype), normal(layer.d_out, layer.repair_rank, of=dtype))
         workspace = torch.zeros(arena.workspace_bytes(layer.d_out, 1), dtype=torch.uint8, device="cuda")
-        return normal(1, layer.d_in, of=dtype), base, residual.random_(0, 256, generator=random), scale, row_scale, workspace
+        return (normal(1, layer.d_in, of=dtype), base, residual.random_(0, 256, generator=random), scale, row_scale, repair,
+                workspace)
 
     def call(self, copy: int, n_tb: int, k_chunk: int) -> Tensor:
-        layer, (x, base, residual, scale, row_scale, workspace) = self.layer, self.sets[copy]
+        layer, (x, base, residual, scale, row_scale, repair, workspace) = self.layer, self.sets[copy]
         if k_chunk == 0:
             return self.gemv(x, *base)
         b_0, b_15 = self.boundaries(k_chunk) if self.bucket else (None, None)
-        return self.compensated(x, *base, None, residual, scale, layer.residual_bits, layer.nested, k_chunk, b_0, b_15,
-                                n_tb=n_tb, workspace=workspace, row_scale=row_scale)
+        out = self.compensated(x, *base, None, residual, scale, layer.residual_bits, layer.nested, k_chunk, b_0, b_15,
+                               n_tb=n_tb, workspace=workspace, row_scale=row_scale)
+        return out if repair is None else repair(x)[0] + out
 
     @staticmethod
     def boundaries(k_chunk: int) -> tuple[float, float]:

@@ -48,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="simulate by the paper's law (section 5.1), without fixed costs")
     parser.add_argument("--selection", choices=SELECTIONS, default="exact",
                         help="channel selection: exact (the default, as the runtime's) or bucket (the paper's)")
+    parser.add_argument("--repair", action="store_true",
+                        help="with the folder's static repair in every layer that is compensated, which takes its time too")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of activations (default float16)")
     parser.add_argument("--profile", required=True, metavar="FILE", help="JSON-lines file of measured times")
 
@@ -56,7 +58,9 @@ def model_shapes(arguments: argparse.Namespace, each_block: bool = False) -> Sha
     if (arguments.model is None) == (arguments.random_weights is None):
         raise UserError("model: expected either a model folder or --random-weights NAME")
     if arguments.model is not None:
-        return shapes.from_folder(arguments.model, each_block)
+        return shapes.from_folder(arguments.model, each_block, arguments.repair)
+    if arguments.repair:
+        raise UserError("repair: expected a model folder that has one, got --random-weights")
     return shapes.random_weights(arguments.random_weights, arguments.bits, arguments.format, each_block)
 
 

@@ -15,7 +15,10 @@ from decdec.sizes import HEAD_DIM, NAMED, bits_of_blocks
 
 @dataclass(frozen=True)
 class Layer:
-    """A kind of layer at one bit width, in all blocks or in one ``block``; ``count`` of them run for each token."""
+    """A kind of layer at one bit width, in all blocks or in one ``block``; ``count`` of them run for each token.
+
+    ``repair_rank``: of the static repair that comes with its compensation, of the block where it is largest.
+    """
 
     kind: str
     bits: int
@@ -27,6 +30,7 @@ class Layer:
     residual_bits: int = 4
     nested: bool = False
     block: int | None = None
+    repair_rank: int = 0
 
     @property
     def label(self) -> str:
@@ -40,6 +44,11 @@ class Layer:
         else:
             tables = 2 * 2 * self.d_out * (self.d_in // (self.group_size or self.d_in))
         return self.d_in * self.d_out * self.bits // 8 + tables
+
+    @property
+    def repair_bytes(self) -> int:
+        """Bytes of the static repair that one step streams."""
+        return 2 * self.repair_rank * (self.d_in + self.d_out)
 
     def residual_bytes(self, k_chunk: int) -> int:
         """Bytes of residual rows that cross the link for one token."""
@@ -72,9 +81,9 @@ def random_weights(name: str, bits: float, format: str, each_block: bool = False
     return Shapes(name, f"random {format}", layers, 2 * hidden * vocabulary)
 
 
-def from_folder(folder: str | Path, each_block: bool = False) -> Shapes:
+def from_folder(folder: str | Path, each_block: bool = False, repair: bool = False) -> Shapes:
     """The shapes of a DecDEC folder: layers of one block that share kind and bits are one, as the decoder fuses
-    them. Blocks are told apart only if ``each_block``."""
+    them. Blocks are told apart only if ``each_block``. ``repair``: with the folder's static repair."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     quant = artifacts.read_quant_config(folder)
@@ -87,15 +96,20 @@ def from_folder(folder: str | Path, each_block: bool = False) -> Shapes:
     fused = defaultdict(list)
     for name, linear in decoder_linears(model).items():
         fused[block_of(name), layer_kind(name), quant.bits_of(name)].append(linear)
-    sheet_path = Path(folder) / artifacts.CHEATSHEET
+    ranks = Counter()
+    for name, found in artifacts.load_repair(Path(folder) / artifacts.REPAIR, quant).layers.items() if repair else ():
+        ranks[block_of(name), layer_kind(name)] += len(found.down)
+    sheet_path = Path(folder) / (artifacts.REPAIRED_CHEATSHEET if repair else artifacts.CHEATSHEET)
     residual_bits, nested = 4, False
     if sheet_path.is_file():
         sheet = artifacts.load_cheatsheet(sheet_path, quant)
         residual_bits, nested = sheet.bits, sheet.nested
     counts = Counter((kind, bits, linears[0].in_features, sum(linear.out_features for linear in linears),
                       block if each_block else None) for (block, kind, bits), linears in fused.items())
-    layers = tuple(Layer(kind, bits, d_in, d_out, count, quant.format, quant.group_size, residual_bits, nested, block)
-                   for (kind, bits, d_in, d_out, block), count in counts.items())
+    largest = {(kind, block): max(rank for (at, of), rank in ranks.items() if of == kind and block in (None, at))
+               for _, kind in ranks for block in {None, *(at for at, of in ranks if of == kind)}}
+    layers = tuple(Layer(kind, bits, d_in, d_out, count, quant.format, quant.group_size, residual_bits, nested, block,
+                         largest.get((kind, block), 0)) for (kind, bits, d_in, d_out, block), count in counts.items())
     if len({(layer.kind, layer.bits, layer.block) for layer in layers}) < len(layers):
         raise UserError(f"{folder}: layers of one kind and bit width differ in shape; "
                         "the tuner chooses by kind and bits")

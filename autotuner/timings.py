@@ -13,7 +13,7 @@ from decdec.errors import UserError
 from decdec.files import read_rows
 
 RATES = ("device", "sms", "library", "dram_gb_s", "link_gb_s")
-SHAPE = ("format", "bits", "group_size", "d_in", "d_out", "residual_bits", "nested")
+SHAPE = ("format", "bits", "group_size", "d_in", "d_out", "residual_bits", "nested", "repair_rank")
 
 
 def shape_of(layer: Layer) -> tuple:
@@ -75,7 +75,7 @@ class Timings:
             if row["what"] != "timing" or any(row.get(key) != value for key, value in same):
                 continue
             try:
-                if layer := one_of.get(tuple(row[key] for key in SHAPE)):
+                if layer := one_of.get(tuple(({"repair_rank": 0} | row)[key] for key in SHAPE)):
                     self.add(layer, int(row["n_tb"]), int(row["k_chunk"]), float(row["us"]))
             except (KeyError, TypeError, ValueError) as error:
                 raise UserError(f"profile: a timing row misses or garbles a field ({type(error).__name__}: {error}); "

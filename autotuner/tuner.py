@@ -61,7 +61,8 @@ def tune(shapes: Shapes, session: Session, rows: list[dict], targets: list[Targe
 
     def plan_of(tuned: list[Tuned]) -> Plan:
         return Plan(shapes.name, shapes.method, shapes.weights_hash, session.device, session.conditions.selection,
-                    session.rates.dram_gb_s, session.rates.link_gb_s, unit, versions, tuple(tuned))
+                    session.rates.dram_gb_s, session.rates.link_gb_s, unit, versions, tuple(tuned),
+                    any(layer.repair_rank for layer in shapes.layers))
 
     versions = {"torch": torch.__version__, "python": platform.python_version(), "library": session.conditions.library}
     tuned, exposed, ratio = [], None, 1.0
