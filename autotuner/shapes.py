@@ -106,10 +106,9 @@ def from_folder(folder: str | Path, each_block: bool = False, repair: bool = Fal
         residual_bits, nested = sheet.bits, sheet.nested
     counts = Counter((kind, bits, linears[0].in_features, sum(linear.out_features for linear in linears),
                       block if each_block else None) for (block, kind, bits), linears in fused.items())
-    largest = {(kind, block): max(rank for (at, of), rank in ranks.items() if of == kind and block in (None, at))
-               for _, kind in ranks for block in {None, *(at for at, of in ranks if of == kind)}}
+    largest = {kind: max(rank for (_, of), rank in ranks.items() if of == kind) for _, kind in ranks}
     layers = tuple(Layer(kind, bits, d_in, d_out, count, quant.format, quant.group_size, residual_bits, nested, block,
-                         largest.get((kind, block), 0)) for (kind, bits, d_in, d_out, block), count in counts.items())
+                         largest.get(kind, 0)) for (kind, bits, d_in, d_out, block), count in counts.items())
     if len({(layer.kind, layer.bits, layer.block) for layer in layers}) < len(layers):
         raise UserError(f"{folder}: layers of one kind and bit width differ in shape; "
                         "the tuner chooses by kind and bits")

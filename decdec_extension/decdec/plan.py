@@ -67,7 +67,8 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Plan:
-    """All targets tuned in one call; the first is the default. ``weights_hash`` is None for random weights."""
+    """All targets tuned in one call; the first is the default. ``weights_hash`` is None for random weights. ``repair``: layers
+    that are compensated take the folder's static repair along."""
 
     model: str
     method: str
@@ -79,6 +80,7 @@ class Plan:
     gain_source: str | None
     versions: dict[str, str]
     tuned: tuple[Tuned, ...]
+    repair: bool = False
 
     def at(self, target_percent: float | None = None) -> Tuned:
         """The choices for ``target_percent``, by default the first target."""
@@ -140,16 +142,18 @@ def apply(plan: Plan, model: nn.Module, target_percent: float | None = None, pre
 
     tuned = plan.at(target_percent)
     highest = max(choice.k_chunk for choice in tuned.choices)
-    hub.set_compensation(model, Compensation(highest, plan.selection, prefill), residuals)  # loads what every layer needs
+    # Loads what every layer needs.
+    hub.set_compensation(model, Compensation(highest, plan.selection, prefill, repair=plan.repair), residuals)
     for layer in hub.compensated_layers(model).values():
         choice = tuned.choice(layer.kind, layer.bits, block_of(layer.name))
-        layer.compensate(Compensation(choice.k_chunk, plan.selection, prefill, choice.n_tb))
+        layer.compensate(Compensation(choice.k_chunk, plan.selection, prefill, choice.n_tb,
+                                      repair=plan.repair and choice.k_chunk > 0))
 
 
 def _plan(content: Mapping) -> Plan:
     tuned = tuple(Tuned(**{key: tuple(Choice(**choice) for choice in value) if key == "choices" else value
                            for key, value in entry.items()}) for entry in content["tuned"])
-    own = {field.name: content[field.name] for field in fields(Plan)}
+    own = {field.name: content[field.name] for field in fields(Plan) if field.name in content}  # older plans know no repair
     return Plan(**own | {"device": Device(**content["device"]), "tuned": tuned})
 
 
