@@ -20,7 +20,7 @@ from random_model import give_residuals, random_decoder
 from runtime import describe, device_and_dtype
 from runtime_arguments import compensation_of, make_runtime
 from sampling import Sampling
-from step_profile import profile
+from step_profile import profile, table
 from stepper import Stepper
 
 
@@ -107,17 +107,21 @@ def run_benchmark(arguments: argparse.Namespace, sampling: Sampling) -> None:
         if arguments.sweep or arguments.random_weights:
             hub.set_compensation(stepper.decoder, setting, arguments.residuals)
             stepper.settings_changed()
+        settings_of = what | describe(stepper.decoder)
+        versions = {"torch": torch.__version__, "decdec": decdec.__version__}
+        rows = []
         if arguments.benchmark:
             measured = measure(stepper, arguments.prompt_tokens, arguments.max_new_tokens or 200, arguments.runs,
                                sampling=sampling)
-            row = what | describe(stepper.decoder) | {"sampling": asdict(sampling)} | measured.row() | {
-                "prompt_tokens": arguments.prompt_tokens, "new_tokens": arguments.max_new_tokens or 200,
-                "torch": torch.__version__, "decdec": decdec.__version__}
-            print(json.dumps(row), flush=True)
-            if arguments.out:
-                append_row(arguments.out, row)
+            rows.append(settings_of | {"sampling": asdict(sampling)} | measured.row() | versions | {
+                "prompt_tokens": arguments.prompt_tokens, "new_tokens": arguments.max_new_tokens or 200})
+            print(json.dumps(rows[0]), flush=True)
         if arguments.profile:
-            print(profile(stepper, random_prompt(stepper, arguments.prompt_tokens), sampling), flush=True)
+            seen = profile(stepper, random_prompt(stepper, arguments.prompt_tokens), sampling)
+            rows += [settings_of | {"bench": "profile"} | row | versions for row in seen]
+            print(table(seen), flush=True)
+        if arguments.out:
+            append_row(arguments.out, *rows)
 
 
 def _random(arguments: argparse.Namespace) -> tuple[Stepper, dict]:

@@ -92,7 +92,10 @@ def test_benchmark_and_profile_write_rows(folder, generate, tmp_path):
     shown = generate("--model", folder, "--benchmark", "--profile", "--sweep", 0, 8, "--runs", 2, "--out", rows,
                      "--prompt-tokens", 3, "--device", "cpu").out
     assert "us a token" in shown and "codebook_gemv" in shown and "in all" in shown
-    first, second = map(json.loads, rows.read_text().splitlines())
+    seen = list(map(json.loads, rows.read_text().splitlines()))
+    first, second = (row for row in seen if row["bench"] == "decode")
+    profiles = [row for row in seen if row["bench"] == "profile"]
+    assert {row["k_chunk"] for row in profiles} == {0, 8} and all(row["us_a_token"] > 0 < row["count"] for row in profiles)
     assert (first["k_chunk"], second["k_chunk"], second["bench"], second["bits"]) == (0, 8, "decode", 3.0)
     assert second["ms_per_token"] > 0 and second["tokens_per_s"] > 0 and second["pinned_bytes"] > 0
     assert (second["runs"], second["new_tokens"], second["prompt_tokens"]) == (2, 5, 3)
