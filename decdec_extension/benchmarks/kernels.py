@@ -182,6 +182,8 @@ class Bench:
         self.add("base", time, size, floor, layer=layer, form=form, bits=bits)
         for name, bits_of_residual, nested, selection in self.compensations():
             row_bytes = packing.residual_row_bytes(d_out, bits_of_residual)
+            # Nested residuals of codebooks have a size for each row (decdec.residual).
+            row_scale = torch.rand(d_in, device="cuda") if nested and form == "codebook" else None
             residuals = arena.pinned_rows([(d_in, row_bytes)] * len(layers)) if self.arguments.k_chunk else []
             for k_chunk in (k * RESIDUAL_BITS // bits_of_residual for k in self.arguments.k_chunk):
                 moved = self.arguments.batch * sum(reference.chunk_counts(d_in, k_chunk)) * row_bytes
@@ -201,6 +203,7 @@ class Bench:
                                 *limits,
                                 n_tb=n_tb,
                                 workspace=self.workspace,
+                                row_scale=row_scale,
                             )
                             for w, r in zip(layers, residuals)
                         ]
@@ -254,7 +257,7 @@ def parse() -> argparse.Namespace:
         type=int,
         choices=(1, 2, 3, 4),
         default=[],
-        help="residual bits, nested in the base grid, to time as well; k_chunk grows so that as many bytes are read",
+        help="bits of nested residuals to time as well; k_chunk grows so that as many bytes are read",
     )
     parser.add_argument("--batch", type=int, default=1, help="rows of x, 1 to 8")
     parser.add_argument("--sms", type=int, help="run inside a green context of this many SMs")
