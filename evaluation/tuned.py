@@ -7,6 +7,7 @@ simulated by the paper's law alone. The point without compensation comes first. 
 
 import argparse
 import time
+from pathlib import Path
 
 from perplexity import perplexity
 from subject import SUBJECT_KEY, Rows, Setting, add_arguments, folder_from_arguments
@@ -14,7 +15,7 @@ from subject import SUBJECT_KEY, Rows, Setting, add_arguments, folder_from_argum
 from decdec import hub, models, text
 from decdec.errors import run
 from decdec.linear import Compensation
-from decdec.plan import Plan, Tuned, apply, load_plan
+from decdec.plan import PLAN, Plan, Tuned, apply, load_plan
 
 KEY = (*SUBJECT_KEY, "gpu", "sms", "target_percent", "scope", "objective", "timing", "text_hash", "windows", "window_length")
 
@@ -22,7 +23,7 @@ KEY = (*SUBJECT_KEY, "gpu", "sms", "target_percent", "scope", "objective", "timi
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--plan", nargs="+", required=True, help="plan.json files of this folder's model, one a GPU")
+    parser.add_argument("--plan", nargs="+", help="plan.json files of this folder's model, one a GPU (default: the folder's own)")
     parser.add_argument("--text", default="wikitext", help="wikitext, c4, pydoc or a file (default wikitext)")
     parser.add_argument("--windows", type=int, help="number of windows (default all)")
     parser.add_argument("--length", type=int, help="tokens a window (default 2048, or the model's context if shorter)")
@@ -76,7 +77,7 @@ def points(plan: Plan) -> list[tuple[dict, Tuned | None]]:
 def main() -> None:
     arguments = parse_arguments()
     subject = folder_from_arguments(arguments)
-    plans = [load_plan(path, subject.quant) for path in arguments.plan]
+    plans = [load_plan(path, subject.quant) for path in arguments.plan or [Path(arguments.model) / PLAN]]
     evaluation = text.load_text(arguments.text, "evaluation")
     length = arguments.length or min(2048, models.context_length(arguments.model))
     ids = text.windows(evaluation, models.load_tokenizer(arguments.model), length, arguments.windows)

@@ -10,7 +10,7 @@ from tuned import by_kind, token_ms
 
 from decdec.files import append_row
 from decdec.plan import Choice, Tuned
-from decdec.testing import run_script
+from decdec.testing import refused, run_script
 
 EVALUATION = Path(__file__).parents[1]
 
@@ -44,3 +44,7 @@ def test_the_folders_of_fewest_bits(folder, tmp_path):
     assert [mean_bits(path) for path in (folder, tmp_path / "w3.5", tmp_path / "w4")] == [3, 3.5, 4]
     result = run_script(EVALUATION / "narrowest.py", tmp_path / "w4", folder, tmp_path / "w3.5", folder)
     assert result.stdout.splitlines() == [str(folder), str(folder)]
+
+
+def test_the_folders_own_plan_is_taken(folder):
+    assert "plan.json" in refused(run_script(EVALUATION / "tuned.py", "--model", folder, "--text", "pydoc"))
