@@ -14,7 +14,7 @@ from decdec.errors import UserError
 from decdec.linear import Compensation
 from decdec.models import load_model
 
-from base_model import BaseModel
+from base_model import BaseModel, check_dense
 from cheatsheet import make_cheatsheet
 from mixed_precision import make_bit_map
 from quantize import METHODS, quantize
@@ -122,6 +122,14 @@ def test_mixtures_of_experts_are_refused(tmp_path, calibration):
     with pytest.raises(UserError, match="mixtures of experts are not supported"):
         quantize(str(tmp_path / "moe"), "rtn", 3, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_in_a_list_are_refused(family):
+    model = load_model(str(family("qwen2")))
+    check_dense(model)
+    model.model.layers[1].mlp.experts = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(2))
+    with pytest.raises(UserError, match="model.layers.1.mlp.experts is a list of expert layers; mixtures of experts are not supported"):
+        check_dense(model)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
