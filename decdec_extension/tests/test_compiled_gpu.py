@@ -1,4 +1,4 @@
-"""torch.compile of whole models on a GPU, with inductor and with CUDA graphs, against exact results and against eager ones.
+"""torch.compile of whole models on a GPU, with inductor and with CUDA graphs, against exact results and eager ones.
 
 Inductor rounds elsewhere than eager code does, so neither is the other's yardstick: both are compared with float32.
 """
@@ -24,7 +24,8 @@ TOKENS = (5, 9, 23, 60, 101)
 @pytest.fixture(scope="module", params=["codebook", "uniform"])
 def folder(request, tmp_path_factory):
     torch.manual_seed(0)
-    return quick_folder(LlamaForCausalLM(LlamaConfig(**SIZES)), tmp_path_factory.mktemp("compiled") / "m", request.param)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    return quick_folder(model, tmp_path_factory.mktemp("compiled") / "m", request.param)
 
 
 @torch.no_grad()
@@ -45,18 +46,18 @@ def test_compiled_models_are_as_near_to_exact_results_as_eager_ones(folder, mode
         compiled = torch.compile(model, fullgraph=True, mode=mode)
         for _ in range(2):  # the second time from a recorded graph
             want, eager, found = logits(exact, "cpu"), logits(model, "cuda"), logits(compiled, "cuda")
-            # Where rounding chooses another channel the error is of another size, for either.
-            allowed = 2 * (eager - want).norm() + 0.08 * want.norm() * (setting.k_chunk > 0)
-            assert (found - want).norm() <= allowed
+            allowed = 2 * (eager - want).norm(dim=1).median() + 0.005 * want.norm(dim=1).median()
+            # The median, since where rounding tips a selection a row is further off.
+            assert (found - want).norm(dim=1).median() <= allowed
     if setting.k_chunk:
-        other = logits(hub.load(folder), "cpu")
-        assert (other - want).norm() > 2 * allowed  # without compensation it would have shown
+        assert (logits(hub.load(folder), "cpu") - want).norm(dim=1).median() > 4 * allowed  # it would have shown
 
 
 def test_generate_with_a_static_cache_compiles_and_gives_the_eager_text(folder):
     model = hub.load(folder, torch.float16, Compensation(16, "exact"), device="cuda")
     ids = torch.arange(24, device="cuda")[None] * 5 % 160
-    options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None)
+    options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False, pad_token_id=0,
+                   eos_token_id=None)
     with torch.no_grad():
         want = model.generate(ids, **options)[0, 24:].tolist()
         found = copy.deepcopy(model).generate(ids, cache_implementation="static", **options)[0, 24:].tolist()

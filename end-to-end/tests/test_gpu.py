@@ -76,10 +76,14 @@ def test_logits_are_as_near_to_exact_ones_as_hugging_face(tmp_path, shape, form,
         hub.set_compensation(decoder, setting)
         hub.set_compensation(model, setting)
         exact = logits_of_hugging_face(hub.load(folder, compensation=setting))
-        theirs, ours = logits_of_hugging_face(model), logits_of_decoder(decoder)
-        # Where rounding chooses other channels the error is of another size, for either.
-        allowed = 2 * (theirs - exact).abs().mean() + 0.01 * exact.std() * (0 < setting.k_chunk < 1024)
-        assert (ours - exact).abs().mean() <= allowed, setting
+        theirs, ours = ((rows - exact).abs().mean(1) / exact.std()
+                        for rows in (logits_of_hugging_face(model), logits_of_decoder(decoder)))
+        if 0 < setting.k_chunk < 1024:
+            # Rounding tips a selection now and then, in either: those few rows are off by up to 0.2, and 0.03 in the
+            # mean; without compensation all are by 0.13 or more.
+            assert ours.median() <= 2 * theirs.median() + 0.003 and ours.mean() < 0.08, setting
+        else:
+            assert ours.mean() <= 2 * theirs.mean(), setting
 
 
 @pytest.mark.parametrize("form", ["codebook", "uniform"])
