@@ -1,10 +1,11 @@
 """Writes the static repair of a quantized model: repair.pt, for layers where it pays (decdec/repair.py says what it is).
 
+A repair is fitted to the error that compensation with --k-chunk channels leaves, since what is fetched needs no repair.
 Calibration text is cut into samples to fit on and samples held out. A layer gets the repair of low rank, and the layers of one
-input are centred, only where that lowers the error left on the held-out samples, after compensation with --k-chunk channels, by
-a twentieth or more. The error of a token counts relative to what quantization does to it, so that attention sinks, whose
-inputs are a hundred times larger, count as the single tokens they are; the fit leaves the first position, on which they mostly
-stand, out. The residuals of what the repair leaves are then written by cheatsheet.py --repaired.
+input are centred, only where that lowers the error left on the held-out samples by a twentieth or more. The error of a token
+counts relative to what quantization does to it, so that attention sinks, whose inputs are a hundred times larger, count as the
+single tokens they are; the fit leaves the first position, on which they mostly stand, out. The residuals of what the repair
+leaves are then written by cheatsheet.py --repaired.
 """
 
 import argparse
@@ -40,7 +41,7 @@ _OVERSAMPLED, _ROUNDS = 8, 6  # of the randomised range finder
 
 @dataclass(frozen=True)
 class Settings:
-    """``rank`` of the low-rank repair, 0 for none; whether layers are centred; ``k_chunk`` at which the switch compares."""
+    """``rank`` of the low-rank repair, 0 for none; whether layers are centred; ``k_chunk`` whose remaining error counts."""
 
     rank: int = 8
     center: str = "auto"
@@ -57,14 +58,23 @@ class Settings:
             raise UserError("rank: expected 1 or more where nothing is centred, got 0")
 
 
-def low_rank(residual: Tensor, fit: Tensor, rank: int, mean: Tensor | None = None) -> LayerRepair:
-    """The repair of ``residual`` ``(d_out, d_in)`` of least squared output error over inputs ``fit`` ``(n, d_in)``, less ``mean``:
-    the projection on the first ``rank`` principal directions of that error, in float16 as it is stored.
+def unchosen(x: Tensor, k_chunk: int) -> Tensor:
+    """``x`` ``(n, d_in)`` without the ``k_chunk`` channels of each chunk that exact selection takes."""
+    rest = x.clone()
+    for part, count in zip(rest.split(CHUNK, dim=1), chunk_counts(x.shape[1], k_chunk)):
+        part.scatter_(1, part.abs().topk(count, dim=1).indices, 0)
+    return rest
 
-    Being a projection it raises the error of no token. Without a rank that is possible the rank is smaller.
+
+def low_rank(residual: Tensor, fit: Tensor, rank: int, mean: Tensor | None = None, k_chunk: int = 0) -> LayerRepair:
+    """The repair of ``residual`` ``(d_out, d_in)`` of least squared output error, over inputs ``fit`` ``(n, d_in)`` less ``mean``
+    and their ``k_chunk`` chosen channels: the projection on the first ``rank`` principal directions of that error, in float16 as
+    it is stored.
+
+    Being a projection it raises the error of no token at any k_chunk. The rank is at most what shapes and tokens allow.
     """
     rank = min(rank, *residual.shape, len(fit))
-    error = residual @ (fit if mean is None else fit - mean).t()
+    error = residual @ unchosen(fit if mean is None else fit - mean, k_chunk).t()
     torch.manual_seed(0)
     directions = torch.svd_lowrank(error, min(rank + _OVERSAMPLED, *error.shape), _ROUNDS)[0][:, :rank] if rank else error[:, :0]
     up, down = directions.half(), (directions.t() @ residual).half()
@@ -81,11 +91,8 @@ def error_left(residual: Tensor, repair: LayerRepair | None, held_out: Tensor, k
         exact = repair.to(residual.device, torch.float32)
         left = residual - exact.up @ exact.down
         shifted = held_out if repair.mean is None else held_out - exact(held_out)[1]
-    shifted = shifted.clone()
-    for part, count in zip(shifted.split(CHUNK, dim=1), chunk_counts(shifted.shape[1], k_chunk)):
-        part.scatter_(1, part.abs().topk(count, dim=1).indices, 0)
-    tiny = torch.finfo(torch.float32).tiny
-    return float(((shifted @ left.t()).square().sum(1) / whole.clamp_min(tiny)).mean())
+    error = (unchosen(shifted, k_chunk) @ left.t()).square().sum(1)
+    return float((error / whole.clamp_min(torch.finfo(torch.float32).tiny)).mean())
 
 
 def repair_group(residuals: dict[str, Tensor], fit: Tensor, held_out: Tensor, settings: Settings) -> dict[str, LayerRepair]:
@@ -97,10 +104,10 @@ def repair_group(residuals: dict[str, Tensor], fit: Tensor, held_out: Tensor, se
         found, errors = {}, dict(plain)
         for name, residual in residuals.items():
             if mean is not None:
-                found[name] = low_rank(residual, fit, 0, mean)
+                found[name] = low_rank(residual, fit, 0, mean, settings.k_chunk)
                 errors[name] = error_left(residual, found[name], held_out, settings.k_chunk)
             if settings.rank:
-                tried = low_rank(residual, fit, settings.rank, mean)
+                tried = low_rank(residual, fit, settings.rank, mean, settings.k_chunk)
                 error = error_left(residual, tried, held_out, settings.k_chunk)
                 if error <= (1 - LEAST) * errors[name]:
                     found[name], errors[name] = tried, error
@@ -202,9 +209,11 @@ def main() -> None:
     parser.add_argument("--center", default="auto", choices=CENTER,
                         help="center every layer, none, or those where it pays (default %(default)s)")
     parser.add_argument("--k-chunk", type=int, default=16, metavar="K",
-                        help="channels a chunk at which the switches compare errors (default %(default)s)")
-    parser.add_argument("--text", default="c4", help="calibration text: c4, pileval, wikitext, pydoc or a file (default %(default)s)")
-    parser.add_argument("--samples", type=int, default=16, help=f"calibration samples, one in {HELD_OUT} held out (default %(default)s)")
+                        help="channels a chunk whose compensation leaves the error that is repaired (default %(default)s)")
+    parser.add_argument("--text", default="c4",
+                        help="calibration text: c4, pileval, wikitext, pydoc or a file (default %(default)s)")
+    parser.add_argument("--samples", type=int, default=16,
+                        help=f"calibration samples, one in {HELD_OUT} held out (default %(default)s)")
     parser.add_argument("--length", type=int, default=512, help="tokens a sample (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="draws the samples (default %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
