@@ -69,7 +69,8 @@ __device__ inline void prepare_head(const AttendParams& p, int from_head, const 
 // kLanes lanes read a place's key or value, eight numbers each; kHeads query heads are served; kAtOnce keys and values
 // are on the way to a lane.
 template <Dtype kDtype, int kLanes, int kHeads, int kAtOnce>
-__global__ void __launch_bounds__(kAttendThreads, kHeads <= 4 ? 2 : 1) attend_kernel(const __grid_constant__ AttendParams p) {
+__global__ void __launch_bounds__(kAttendThreads, kHeads <= 4 ? 2 : 1)
+    attend_kernel(const __grid_constant__ AttendParams p) {
   constexpr int kWide = 8 * kLanes;  // head_dim, rounded up
   constexpr int kRows = 32 / kLanes;
   constexpr bool kEarlyKeys = kAtOnce <= 4;  // the next keys are fetched while these are weighed, if registers allow
