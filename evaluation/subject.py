@@ -61,7 +61,8 @@ class Subject:
             row |= {"model": Path(self.quant.base_model).name, "method": self.quant.method, "bits": bits[0] if len(bits) == 1 else bits,
                     "group_size": self.quant.group_size, "weights_hash": self.quant.weights_hash}
         cuda = self.device.startswith("cuda")
-        return row | {"dtype": self.dtype, "seed": self.seed,
+        repair = artifacts.load_repair(Path(self.source) / artifacts.REPAIR, self.quant).hash if self.repair else None
+        return row | {"repair": repair, "dtype": self.dtype, "seed": self.seed,
                       "device": torch.cuda.get_device_name(self.device) if cuda else f"cpu {platform.machine()}",
                       "torch": torch.__version__, "decdec": decdec.__version__}
 
@@ -86,9 +87,8 @@ class Subject:
         """For every setting the part of its row that says what was compensated with what."""
         residual = self.residual() if any(setting.k_chunk for setting in settings) else {}
         none = {"residual_bits": None, "nested": None}
-        repair = artifacts.load_repair(Path(self.source) / artifacts.REPAIR, self.quant).hash if self.repair else None
         return [self.describe(bench) | {"selection": setting.selection, "k_chunk": setting.k_chunk,
-                                        **(residual if setting.k_chunk else none), "repair": repair} for setting in settings]
+                                        **(residual if setting.k_chunk else none)} for setting in settings]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
