@@ -1,6 +1,7 @@
 """Which points are measured: coarsely everywhere, finely around the answer, and nothing twice."""
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ SPREAD = 0.02  # samples spread wider are taken again: a target of 2.5 % cannot 
 TRIES = 3
 NOISY = 0.1  # share of such timings that is told: on an idle H100 4 % of them, where few blocks fetch for long
 ROUNDS = 30
+BEHIND = 2.0  # a n_tb so many times slower than another at the same k_chunk is not followed to larger ones
+USUAL = 16  # n_tb that serves most shapes well (8 to 16 in the paper): the nearest are measured first
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Profiler:
         more."""
         n_tb = n_tb if k_chunk else 0
         if not again and self.timings.measured(layer, n_tb, k_chunk):
-            self._advance()
+            self.skip()
             return None
         best = self.timer.time(layer, n_tb, k_chunk)
         for _ in range(TRIES - 1):
@@ -60,10 +63,11 @@ class Profiler:
         append_row(self.path, timing_row(self.timings.conditions, layer, n_tb, k_chunk, best.us, best.spread,
                                          best.samples))
         self.timings.add(layer, n_tb, k_chunk, best.us)
-        self._advance()
+        self.skip()
         return best
 
-    def _advance(self) -> None:
+    def skip(self) -> None:
+        """Count a point that needs no further measuring."""
         if self.bar is not None:
             self.bar.update()
 
@@ -84,15 +88,35 @@ def coarse_points(layer: Layer, base_us: float, dram_gb_s: float, link_gb_s: flo
     return [(n_tb, k) for n_tb in n_tb_candidates(layer.d_in, layer.d_out) if n_tb <= n_limit for k in k_chunks]
 
 
-def refine(profiler: Profiler, decisions: Sequence[Callable[[Timings], Mapping[Layer, Setting]]]) -> None:
+def measure_coarsely(profiler: Profiler, layer: Layer, points: Sequence[tuple[int, int]]) -> None:
+    """Measure ``points`` of :func:`coarse_points`, but none of a n_tb that has fallen ``BEHIND``: most of the time would
+    go there."""
+    k_chunks = defaultdict(list)
+    for n_tb, k_chunk in points:
+        k_chunks[n_tb].append(k_chunk)
+    fastest = {}
+    for n_tb in sorted(k_chunks, key=lambda n_tb: abs(n_tb - USUAL)):
+        behind = False
+        for k_chunk in sorted(k_chunks[n_tb]):
+            if behind:
+                profiler.skip()
+                continue
+            profiler.measure(layer, n_tb, k_chunk)
+            us = profiler.timings.points[layer][n_tb][k_chunk]
+            fastest[k_chunk] = min(us, fastest.get(k_chunk, us))
+            behind = us > BEHIND * fastest[k_chunk]
+
+
+def refine(profiler: Profiler, decisions: Sequence[Callable[[Timings], Mapping[Layer, Setting]]],
+           rounds: int = ROUNDS) -> None:
     """Measure what each of ``decisions`` chooses, and one channel to either side, until it chooses only what was
-    measured.
+    measured, for at most so many ``rounds``.
 
     A choice at the end of the measured range makes the range half as long again.
     """
     timings = profiler.timings
     for decision in decisions:
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             missing = []
             for layer, setting in decision(timings).items():
                 if setting.k_chunk == 0:

@@ -38,11 +38,11 @@ def profile(arguments: argparse.Namespace, layers, sms: int | None, rows: list[d
             profiler = Profiler(timings, session.timer, arguments.profile, bar)
             for layer in layers:
                 profiler.measure(layer, 0, 0)
-            points = [(layer, *point) for layer in layers for point in profiling.coarse_points(
-                layer, timings.base(layer), session.rates.dram_gb_s, session.rates.link_gb_s, n_limit)]
-            bar.total = len(layers) + len(points)  # what refining adds is not known yet, and small
-            for point in points:
-                profiler.measure(*point)
+            points = {layer: profiling.coarse_points(layer, timings.base(layer), session.rates.dram_gb_s,
+                                                     session.rates.link_gb_s, n_limit) for layer in layers}
+            bar.total = len(layers) + sum(map(len, points.values()))  # what refining adds is not known yet, and small
+            for layer in layers:
+                profiling.measure_coarsely(profiler, layer, points[layer])
             targets = [decide.Target(percent) for percent in arguments.target]
             profiling.refine(profiler, [functools.partial(decide.decide, target=target, gains=None, n_limit=n_limit)
                                         for target in targets])

@@ -19,6 +19,7 @@ from shapes import Layer
 from timings import Timings
 
 AGREE = 0.5  # points between a token's predicted and its measured slow-down
+ROUNDS = 3  # of refinement before a choice: a token says more about it than one more kernel
 PROBED = 8  # k_chunk at which a kind of layer is compensated to see what it costs
 
 TokenPercent = Callable[[Settled], float]
@@ -88,7 +89,7 @@ def settle_token(timings: Timings, profiler: Profiler | None, decision: Decision
     for _ in range(ATTEMPTS):
         allowed = replace(target, percent=aim / ratio)
         if profiler is not None:
-            refine(profiler, [lambda table, allowed=allowed: decision(InToken(table, exposed), allowed)])
+            refine(profiler, [lambda table, allowed=allowed: decision(InToken(table, exposed), allowed)], ROUNDS)
         in_token = InToken(timings, exposed)
         settings = dict(decision(in_token, allowed))
         expected = predicted(in_token, settings, target).predicted_percent

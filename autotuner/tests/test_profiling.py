@@ -4,7 +4,7 @@ import random
 import analytic
 import pytest
 from decide import Target, decide, total_us
-from profiling import SPREAD, Profiler, Sample, coarse_points, refine
+from profiling import BEHIND, SPREAD, Profiler, Sample, coarse_points, measure_coarsely, refine
 from settle import settle
 from shapes import random_weights
 from timings import Conditions, Timings, envelope, interpolated, read_profile, timing_row
@@ -35,8 +35,7 @@ def profiled(path, timer, rows=()):
     profiler = Profiler(timings, timer, path)
     for layer in LAYERS:
         profiler.measure(layer, 0, 0)
-        for point in coarse_points(layer, timings.base(layer), RATES.dram_gb_s, RATES.link_gb_s, 30):
-            profiler.measure(layer, *point)
+        measure_coarsely(profiler, layer, coarse_points(layer, timings.base(layer), RATES.dram_gb_s, RATES.link_gb_s, 30))
     return profiler
 
 
@@ -93,6 +92,31 @@ def test_the_coarse_profile_finds_what_a_full_one_finds(tmp_path):
         found, best = decision(profiler.timings), decision(full)
         for layer in LAYERS:
             assert abs(found[layer].k_chunk - best[layer].k_chunk) <= 2, (layer, found[layer], best[layer])
+
+
+def test_a_slow_n_tb_is_not_followed(tmp_path):
+    class Bar:
+        seen = 0
+
+        def update(self):
+            self.seen += 1
+
+    timer, bar = FakeTimer(), Bar()
+    profiler = Profiler(Timings(LAYERS, HERE), timer, tmp_path / "rows.jsonl", bar)
+    layer = LAYERS[2]
+    profiler.measure(layer, 0, 0)
+    points = coarse_points(layer, profiler.timings.base(layer), RATES.dram_gb_s, RATES.link_gb_s, 30)
+    measure_coarsely(profiler, layer, points)
+    curves = profiler.timings.points[layer]
+    assert timer.calls < bar.seen == 1 + len(points)
+    every = sorted({k for _, k in points})
+    best = {k: min(curve[k] for curve in curves.values() if k in curve) for k in every}
+    for n_tb, curve in curves.items():
+        ks = sorted(curve) if n_tb else []
+        assert ks == every[:len(ks)]
+        assert all(curve[k] <= BEHIND * best[k] for k in ks[:-1])
+        assert len(ks) == len(every) or not n_tb or curve[ks[-1]] > BEHIND * best[ks[-1]]
+    assert set(every) == set(curves[16]) and len(curves[1]) < len(every)
 
 
 def test_times_that_come_out_longer_are_answered_by_fetching_less(tmp_path):
