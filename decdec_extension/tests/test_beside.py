@@ -20,6 +20,7 @@ SIZES = dict(vocab_size=160, hidden_size=128, intermediate_size=1088, num_hidden
              num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, initializer_range=0.1,
              attention_bias=True)
 IDS = torch.arange(24)[None] * 5 % 160
+PROMPT = 12
 SETTINGS = [Compensation(), Compensation(8, "exact"), Compensation(16), Compensation(16, "static"),
             Compensation(16, prefill=True)]
 DEVICES = [("cpu", torch.float32), pytest.param("cuda", torch.float16, marks=pytest.mark.skipif(
@@ -59,11 +60,14 @@ def of_their_library(folder, device="cpu", dtype=torch.float32):
 
 @torch.no_grad()
 def logits(model, ids):
-    """After a prompt, and after one more token."""
+    """Of a prompt, then token after token; float32 ``(24, 160)`` on the CPU."""
     ids = ids.to(model.device)
-    prompt = model(ids[:, :-1], use_cache=True)
-    step = model(ids[:, -1:], past_key_values=prompt.past_key_values, use_cache=True)
-    return torch.cat((prompt.logits, step.logits), 1).float()
+    out = model(ids[:, :PROMPT], use_cache=True)
+    rows = [out.logits[0]]
+    for token in ids[0, PROMPT:]:
+        out = model(token.view(1, 1), past_key_values=out.past_key_values, use_cache=True)
+        rows.append(out.logits[0])
+    return torch.cat(rows).float().cpu()
 
 
 @pytest.mark.parametrize("device, dtype", DEVICES)
@@ -76,11 +80,14 @@ def test_their_layers_give_what_ours_give(folder, device, dtype):
     for setting in SETTINGS:
         for model in (theirs, ours):
             hub.set_compensation(model, setting)
-        tolerance = dict(rtol=1e-4, atol=1e-4) if device == "cpu" else dict(rtol=0.05, atol=0.05 * float(plain.std()))
-        found = logits(theirs, IDS)
-        assert_close(found, logits(ours, IDS), **tolerance)
-        changed = (found - plain).abs().amax((0, 2)) > 1e-3
-        assert changed[-1] == bool(setting.k_chunk) and changed[0] == setting.prefill
+        found, want = logits(theirs, IDS), logits(ours, IDS)
+        if device == "cpu":
+            assert_close(found, want, rtol=1e-4, atol=1e-4)
+        else:  # the median, since rounding tips a selection now and then
+            apart = (found - want).abs().mean(1) / want.std()
+            assert max(apart[:PROMPT].median(), apart[PROMPT:].median()) < 0.01, setting
+        changed = (found - plain).abs().mean(1) / plain.std() > 0.02
+        assert changed[PROMPT:].all() == bool(setting.k_chunk) and changed[0] == setting.prefill
     assert hub.memory(theirs)["host_bytes"] == hub.memory(ours)["host_bytes"] > 0
 
 
