@@ -22,9 +22,10 @@ class Beside(Compensated):
     are. Holds no tensor that a state dict has.
     """
 
-    def __init__(self, name: str, layer: nn.Module, out_features: int):
-        super().__init__(name, layer.in_features, out_features)
-        self.order = None
+    def __init__(self, layer: nn.Module, like: CompensatedLinear):
+        """``like``: the layer of ours with the same weights."""
+        super().__init__(like.name, like.in_features, like.out_features)
+        self.bits, self.order = like.bits, None
         self._of = (layer,)  # not a child of its own child
         layer.decdec = self
         layer.register_forward_hook(lambda layer, inputs, out: layer.decdec(inputs[0], out))

@@ -93,7 +93,7 @@ def attach(model: nn.Module, folder: str | Path, compensation: Compensation | Ma
         beside = {name: packed[name] for name in kept if name in packed}
         check_weights(model, beside)
         for name, layer in beside.items():
-            Beside(name, linears[name], layer.out_features)
+            Beside(linears[name], layer)
     else:
         model.config.quantization_config = quant.to_dict()
         save_artifacts_too(model)
