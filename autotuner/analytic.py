@@ -20,7 +20,8 @@ class Rates:
 
     The defaults of the others: one fetching block reaches 9 GB/s of link and fetching costs 6.5 us besides its bytes, as
     a first kernel showed on an H100 (2026-11-22); a base GEMV needs 60 % of the SMs to keep its full rate, an assumption
-    that agrees with the paper's 4050M, where 8 of 20 SMs may fetch and 16 may not.
+    that agrees with the paper's 4050M, where 8 of 20 SMs may fetch and 16 may not; each small kernel of a static repair
+    takes 2.9 us in a graph besides its bytes (an H100, 2026-11-22: 8.7 us for the three of rank 8 at 4096 x 4096).
     """
 
     dram_gb_s: float
@@ -30,10 +31,11 @@ class Rates:
     fixed_us: float = 6.5
     busy_sms: float = 0.6
     launch_us: float = 1.0
+    small_us: float = 2.9
 
     def without_fixed_costs(self) -> "Rates":
         """The paper's law: fetching costs its bytes alone, and takes no SM from the base GEMV."""
-        return replace(self, block_gb_s=math.inf, fixed_us=0.0, busy_sms=0.0, launch_us=0.0)
+        return replace(self, block_gb_s=math.inf, fixed_us=0.0, busy_sms=0.0, launch_us=0.0, small_us=0.0)
 
 
 def knee(bits: int, residual_bits: int, dram_gb_s: float, link_gb_s: float) -> float:
@@ -60,7 +62,7 @@ def fetch_us(layer: Layer, k_chunk: int, link_gb_s: float, fixed_us: float) -> f
 
 def repair_us(layer: Layer, rates: Rates) -> float:
     """Time of a layer's static repair: two small products and an addition, microseconds."""
-    return 3 * rates.launch_us + layer.repair_bytes / (rates.dram_gb_s * 1e3) if layer.repair_rank else 0.0
+    return 3 * rates.small_us + layer.repair_bytes / (rates.dram_gb_s * 1e3) if layer.repair_rank else 0.0
 
 
 def compensated_us(layer: Layer, n_tb: int, k_chunk: int, rates: Rates) -> float:
