@@ -61,8 +61,8 @@ def fetch_us(layer: Layer, k_chunk: int, link_gb_s: float, fixed_us: float) -> f
 
 
 def repair_us(layer: Layer, rates: Rates) -> float:
-    """Time of a layer's static repair: two small products and an addition, microseconds."""
-    return 3 * rates.small_us + layer.repair_bytes / (rates.dram_gb_s * 1e3) if layer.repair_rank else 0.0
+    """Time of a layer's static repair, two small products, microseconds."""
+    return 2 * rates.small_us + layer.repair_bytes / (rates.dram_gb_s * 1e3) if layer.repair_rank else 0.0
 
 
 def compensated_us(layer: Layer, n_tb: int, k_chunk: int, rates: Rates) -> float:

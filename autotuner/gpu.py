@@ -157,7 +157,7 @@ class _Bank:
         b_0, b_15 = self.boundaries(k_chunk) if self.bucket else (None, None)
         out = self.compensated(x, *base, None, residual, scale, layer.residual_bits, layer.nested, k_chunk, b_0, b_15,
                                n_tb=n_tb, workspace=workspace, row_scale=row_scale)
-        return out if repair is None else repair(x)[0] + out
+        return out if repair is None else repair.add_to(out, x, None)
 
     @staticmethod
     def boundaries(k_chunk: int) -> tuple[float, float]:

@@ -65,5 +65,7 @@ def _front(time: np.ndarray, gain: np.ndarray, room: float, longest: int) -> np.
     front = order[rising]
     if len(front) > longest:
         bins = np.floor(time[front] / room * longest)
-        front = front[np.append(bins[1:] != bins[:-1], True)]  # the last of a bin has its largest gain
+        kept = np.append(bins[1:] != bins[:-1], True)  # the last of a bin has its largest gain
+        kept[0] = True  # adding nothing always fits
+        front = front[kept]
     return front

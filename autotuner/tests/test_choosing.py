@@ -214,6 +214,14 @@ def test_many_classes_stay_near_the_optimum():
     assert sum(gains[b][setting.k_chunk] for b, setting in chosen.items()) > 0.99 * bound
 
 
+def test_so_many_classes_that_fronts_are_short(monkeypatch):
+    """What adds nothing is never thinned away: with it everything fits."""
+    monkeypatch.setattr(quality, "FRONTS", 120)
+    times = {block: {4: [1.0, *(1.0 + 0.001 * k for k in range(1, 40))]} for block in range(60)}
+    chosen = quality.tune(times, {block: list(range(40)) for block in times}, 60.1, LIMIT)
+    assert total(times, chosen) <= 60.1 and any(setting.k_chunk for setting in chosen.values())
+
+
 def test_unknown_times_and_no_room():
     assert quality.tune({"o": {1: [5.0, math.inf, 5.2]}}, {"o": [0, 1, 2]}, 5.5, 4) == {"o": Setting(1, 2)}
     assert quality.tune({"o": {1: [5.0, 9.0]}}, {"o": [0, 1]}, 5.5, 4) == {"o": Setting(1, 0)}
