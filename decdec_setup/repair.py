@@ -90,7 +90,7 @@ def error_left(residual: Tensor, repair: LayerRepair | None, held_out: Tensor, k
     if repair is not None:
         exact = repair.to(residual.device, torch.float32)
         left = residual - exact.up @ exact.down
-        shifted = held_out if repair.mean is None else held_out - exact(held_out)[1]
+        shifted = held_out if repair.mean is None else held_out - exact.near(held_out) * exact.mean
     error = (unchosen(shifted, k_chunk) @ left.t()).square().sum(1)
     return float((error / whole.clamp_min(torch.finfo(torch.float32).tiny)).mean())
 

@@ -107,11 +107,13 @@ class CompensatedLinear(Compensated):
         static = self._static(rows)
         if static is None:
             return self._product(rows, compensated, bias, norm=norm, norm_eps=norm_eps)
-        added, centers = static(rows)
-        if centers is None or not compensated:
-            return added + self._product(rows, compensated, bias)
-        # An op takes one center for all its rows.
-        return added + torch.cat([self._product(row, True, bias, center) for row, center in zip(rows.split(1), centers)])
+        near = static.near(rows)
+        if near is None or not compensated:
+            product = self._product(rows, compensated, bias)
+        else:  # an op takes one center for all its rows
+            product = torch.cat([self._product(row, True, bias, center)
+                                 for row, center in zip(rows.split(1), near * static.mean)])
+        return static.add_to(product, rows, near)
 
     def _product(self, rows: Tensor, compensated: bool, bias: Tensor | None, center: Tensor | None = None,
                  norm: Tensor | None = None, norm_eps: float = 0.0) -> Tensor:
@@ -130,9 +132,9 @@ class CompensatedLinear(Compensated):
         out = F.linear(rows, self._dense(rows.dtype), self.bias)
         static = self._static(rows)
         if static is not None:
-            added, centers = static(rows)
-            out += added
-            rows = rows if centers is None else (rows - centers).to(rows.dtype)
+            near = static.near(rows)
+            out = static.add_to(out, rows, near)
+            rows = rows if near is None else (rows - near * static.mean).to(rows.dtype)
         if compensated:
             self._add_product(rows, out)
         return out

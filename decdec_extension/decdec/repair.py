@@ -39,14 +39,16 @@ class LayerRepair:
         """For inputs taken in ``order``, int ``(d_in,)``."""
         return replace(self, down=self.down[:, order], mean=None if self.mean is None else self.mean[order])
 
-    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Of ``rows`` ``(n, d_in)``: what is added, ``(n, d_out)``, and what is taken off before channels are selected and their
-        rows multiplied, float32 ``(n, d_in)``, None where the layer is not centred."""
-        added = F.linear(F.linear(rows, self.down), self.up)
+    def near(self, rows: Tensor) -> Tensor | None:
+        """Which of ``rows`` ``(n, d_in)`` are nearer to the mean than to zero, bool ``(n, 1)``; None of a layer not centred."""
         if self.mean is None:
-            return added, None
-        near = (2 * (rows.float() @ self.mean) > self.mean @ self.mean)[:, None]  # |x - mean| < |x|
-        return added + near * self.constant, near * self.mean
+            return None
+        return (2 * (rows.float() @ self.mean) > self.mean @ self.mean)[:, None]
+
+    def add_to(self, product: Tensor, rows: Tensor, near: Tensor | None) -> Tensor:
+        """``product`` ``(n, d_out)`` with the repair of ``rows``, two small products on a GPU."""
+        out = torch.addmm(product, F.linear(rows, self.down), self.up.t())
+        return out if near is None else out + near * self.constant
 
     def tensors(self) -> list[Tensor]:
         return [tensor for tensor in (self.down, self.up, self.mean, self.constant) if tensor is not None]
