@@ -75,9 +75,9 @@ def tune(shapes: Shapes, session: Session, rows: list[dict], targets: list[Targe
         else:
             if exposed is None:
                 exposed = exposed_by_kind(timings, target, n_limit, token_percent)
-                print("in a token a compensated layer takes longer than its kernel alone by "
-                      + ", ".join(f"{us:.1f} us ({kind} {bits}-bit)" for (kind, bits), us in exposed.items()),
-                      file=sys.stderr)
+                for (kind, bits), us in exposed.items():
+                    print(f"in a token a compensated {kind} of {bits} bits takes {us:+.1f} us beyond its kernel",
+                          file=sys.stderr)
             settled, ratio = settle_token(timings, profiler, decision, target, token_percent, exposed, ratio)
         tuned.append(tuned_of(target, settled))
         if token_timer is not None and target.scope == "kernel":
