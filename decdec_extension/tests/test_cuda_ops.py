@@ -2,7 +2,8 @@
 
 Outputs are poisoned: the allocator's free memory is filled with NaN before each call, the workspace must be all zero
 after it.
-``DECDEC_CASES`` sets the number of random cases.
+``DECDEC_CASES`` sets the number of random cases, ``DECDEC_SEED`` where they start, ``DECDEC_YARDSTICK`` the device of the
+products that results are measured by (compute-sanitizer's racecheck fails inside cuBLAS).
 """
 
 import os
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 DTYPES = (torch.float16, torch.bfloat16)
 CASES = int(os.environ.get("DECDEC_CASES", "300"))
+YARDSTICK = os.environ.get("DECDEC_YARDSTICK", "cuda")
 
 
 def cuda(value):
@@ -45,6 +47,8 @@ def assert_as_good(out, bias, *terms):
     """Twice the error of PyTorch's own product in the same precision, one rounding of the output and half a float32
     rounding of the sum of all |terms| besides, for where PyTorch is lucky; and float32 roundings of the largest |x|,
     for residual codes are summed with an offset."""
+    out, bias = out.to(YARDSTICK), None if bias is None else bias.to(YARDSTICK)
+    terms = [(x.to(YARDSTICK), dense.to(YARDSTICK)) for x, dense in terms]
     dtype = out.dtype
     truth = sum(x.double() @ dense for x, dense in terms)
     pytorch = sum(x.to(dtype) @ dense.to(dtype) for x, dense in terms)
