@@ -19,31 +19,39 @@ template <int kBits>
 struct alignas(kBits < 3 ? 4 * kBits : 16) Piece {
   static constexpr int kOutputs = kBits <= 4 ? 32 : 128 / kBits;
   static constexpr int kWords = kOutputs * kBits / 32;
-  static constexpr int kLoads = 16 / kWords;  // in flight a thread: 16 KB a block; 8 to 16 blocks saturate the link
+  // In flight a thread: 16 KB a block, since 8 to 16 blocks saturate the link. Rows of fewer bits are cut into fewer
+  // slices (slice_pieces), whose blocks have to keep more on the way.
+  static constexpr int kLoads = kBits < 4 ? 128 / (kBits < 3 ? 4 * kBits : 16) : 4;
   uint32_t words[kWords];
 
-  // What `shifted` is above the code: the code lies in the top bits of the mantissa of a number whose leading bit is
-  // 2**kBits.
-  static constexpr float kOffset = kBits == 16 ? 0.f : float((1 << kBits % 16) + (1 << (kBits % 16 - 1)));
+  // Where in the mantissa `shifted` leaves code n. All codes of a byte are moved together; those that end up lower get
+  // a smaller exponent.
+  __host__ __device__ static constexpr int place(int n) { return kBits == 3 ? 20 : 15 + n * kBits % 8; }
+
+  // What `shifted(n)` is above the code: the leading bit, and the codes' own offset.
+  __host__ __device__ static constexpr float offset(int n) {
+    return kBits == 16 ? 0.f : float((1 << (23 - place(n))) + (1 << (kBits % 16 - 1)));
+  }
 
   // `width` bits of a word, moved from bit `from` to bit `to`.
   __device__ __forceinline__ static uint32_t field(uint32_t word, int width, int from, int to) {
     return (to >= from ? word << (to - from) : word >> (from - to)) & ((1u << width) - 1) << to;
   }
 
-  // Output n's signed code plus kOffset, in two instructions (five at 3 bits); the residual itself at 16 bits.
+  // Output n's signed code plus offset(n), in little more than one instruction (five at 3 bits); the residual itself at
+  // 16 bits.
   __device__ __forceinline__ float shifted(int n) const {
-    constexpr uint32_t kLeading = uint32_t(127 + kBits) << 23;
+    const uint32_t leading = uint32_t(127 + 23 - place(n)) << 23;
     if constexpr (kBits == 16) {
       return half_to_float(words[n / 2] >> (n % 2 * 16) & 0xffff);
     } else if constexpr (kBits == 3) {
-      return __uint_as_float(field(words[n / 16], 2, n % 16 * 2, 21) | field(words[2], 1, n, 20) | kLeading);
+      return __uint_as_float(field(words[n / 16], 2, n % 16 * 2, 21) | field(words[2], 1, n, 20) | leading);
     } else {
-      return __uint_as_float(field(words[n * kBits / 32], kBits, n * kBits % 32, 23 - kBits) | kLeading);
+      return __uint_as_float(field(words[n * kBits / 32], kBits, n * kBits % 32, place(n)) | leading);
     }
   }
 
-  __device__ __forceinline__ float code(int n) const { return shifted(n) - kOffset; }
+  __device__ __forceinline__ float code(int n) const { return shifted(n) - offset(n); }
 
   // Calls copy(to, from, bytes), bytes an integral constant, for the parts of piece `index` of a row.
   template <class Copy>
@@ -76,10 +84,10 @@ __device__ __forceinline__ float row_factor(const Compensation& c, uint16_t bits
   return c.row_scale ? value * __ldg(c.row_scale + channel) : value;
 }
 
-// channel(i, factor) is the i-th of `selected` channels, or negative; emit.put(outputs, values) takes every output of
-// the slice once, kEmitted at a time, negative ones being none; emit.expect(outputs) announces them. `sums`: 32 *
-// kSumStride floats of shared memory. Called by the whole block. kGrouped: the scale depends on the channel (or is
-// nested), so that it enters every product instead of the sums.
+// channel(i, factor) is the i-th of `selected` channels, ascending in each chunk, or negative; emit.put(outputs, values)
+// takes every output of the slice once, kEmitted at a time, negative ones being none; emit.expect(outputs) announces
+// them. `sums`: 32 * kSumStride floats of shared memory. Called by the whole block. kGrouped: each group of channels
+// has scales of its own, so that they enter the sums of a group's rows instead of those of all.
 template <int kBits, bool kGrouped, class Channel, class Emit>
 __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, int selected, int slice, int slices,
                                               float* sums, Channel channel, Emit&& emit) {
@@ -88,6 +96,7 @@ __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, 
   const int pieces = row_pieces(d_out, kBits), per_slice = slice_pieces(pieces, slices, kBits);
   const int begin = slice * per_slice, end = min(begin + per_slice, pieces);
   const bool wide_scales = d_out % 8 == 0 && reinterpret_cast<uintptr_t>(c.residual_scale) % 16 == 0;
+  const float middle = c.nested ? 0.5f : 0.f, step = c.nested ? 1.f / (1 << kBits % 16) : 1.f;
   if constexpr (!kGrouped && kBits != 16) {  // they are wanted when the last row has come
     for (int o = begin * P::kOutputs + 64 * threadIdx.x; o < min(end * P::kOutputs, d_out); o += 64 * kThreads) {
       asm volatile("prefetch.global.L2 [%0];" ::"l"(c.residual_scale + o));
@@ -98,65 +107,84 @@ __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, 
     const int piece = threadIdx.x % width, row = threadIdx.x / width;
     const bool busy = row < rows;
     const int output = (first + piece) * P::kOutputs;
+    // A thread's rows are neighbours, since those mostly share a group.
+    const int share = (selected + rows - 1) / rows, last = busy ? min((row + 1) * share, selected) : 0;
     float sum[P::kOutputs] = {}, factors = 0;
-    int fill = 0, empty = 0;  // places in the thread's part of the ring
-    const auto load = [&](int i) {
+    float total[kGrouped ? P::kOutputs : 1] = {};  // of the groups before the current one, with their scales
+    uint4 scales[kGrouped ? P::kOutputs / 8 : 1] = {};  // the current group's, on their way while its rows are summed
+    int group_begin = 0, group_end = 0;
+    const auto close_group = [&] {
+#pragma unroll
+      for (int n = 0; n < P::kOutputs; ++n) {
+        const float value = fmaf(middle - P::offset(n), factors, sum[n]);
+        const float scale = half_to_float(reinterpret_cast<const uint16_t*>(scales)[n]);
+        total[n] = fmaf(value, scale, total[n]);
+        sum[n] = 0;
+      }
+      factors = 0;
+    };
+    const auto open_group = [&](int channel) {
+      const int group = channel / c.group_size;
+      group_begin = group * c.group_size, group_end = group_begin + c.group_size;
+      const uint16_t* from = c.residual_scale + int64_t{group} * d_out + output;
+#pragma unroll
+      for (int part = 0; part < P::kOutputs; part += 8) {
+        if (wide_scales) {
+          if (output + part < d_out) scales[part / 8] = __ldg(reinterpret_cast<const uint4*>(from + part));
+        } else {
+#pragma unroll
+          for (int n = part; n < part + 8; ++n) {
+            reinterpret_cast<uint16_t*>(scales)[n] = output + n < d_out ? __ldg(from + n) : 0;
+          }
+        }
+      }
+    };
+    int next = row * share, fill = 0, empty = 0;  // the next row to load, and places in the thread's part of the ring
+    const auto load = [&] {
       float factor;
-      const int at = busy && i < selected ? channel(i, factor) : -1;
+      const int at = next < last ? channel(next, factor) : -1;
       if (at >= 0) {
         ring[fill * kThreads + threadIdx.x].copy(
             c.residual + at * c.row_bytes, first + piece, d_out,
             [](void* to, const void* from, auto bytes) { copy_async<bytes>(to, from); });
-        if constexpr (kGrouped) {
-          asm volatile(
-              "prefetch.global.L2 [%0];" ::"l"(c.residual_scale + int64_t{at / c.group_size} * d_out + output));
-        }
       }
       close_copies();
+      ++next;
       fill = (fill + 1) % P::kLoads;
     };
 #pragma unroll 1
-    for (int n = 0; n < P::kLoads; ++n) load(row + n * rows);
+    for (int n = 0; n < P::kLoads; ++n) load();
 #pragma unroll 1
-    for (int i = row; i < selected; i += rows) {
-      wait_copies<P::kLoads - 1>();
+    for (int i = row * share; i < last; ++i) {
       float factor = 0;
-      const int at = busy ? channel(i, factor) : -1;
-      if (at >= 0) {
-        const P data = ring[empty * kThreads + threadIdx.x];
-        if constexpr (!kGrouped) {
-          // The offset is taken off the sums once: it is of the codes' size, so no precision is lost to it.
-          factors += factor;
-#pragma unroll
-          for (int n = 0; n < P::kOutputs; ++n) sum[n] = fmaf(data.shifted(n), factor, sum[n]);
-        } else {
-          const uint16_t* scale = c.residual_scale + int64_t{at / c.group_size} * d_out + output;
-          const float offset = P::kOffset - (c.nested ? 0.5f : 0.f);
-#pragma unroll
-          for (int part = 0; part < P::kOutputs; part += 8) {
-            uint4 steps{};
-            uint16_t* step = reinterpret_cast<uint16_t*>(&steps);
-            if (wide_scales) {
-              if (output + part < d_out) steps = __ldg(reinterpret_cast<const uint4*>(scale + part));
-            } else {
-#pragma unroll
-              for (int n = 0; n < 8; ++n) step[n] = output + part + n < d_out ? __ldg(scale + part + n) : 0;
-            }
-#pragma unroll
-            for (int n = 0; n < 8; ++n) {
-              float& to = sum[part + n];
-              to = fmaf(data.shifted(part + n) - offset, half_to_float(step[n]) * factor, to);
-            }
-          }
+      const int at = channel(i, factor);
+      if constexpr (kGrouped) {
+        if (at >= 0 && (at < group_begin || at >= group_end)) {
+          close_group();
+          open_group(at);
         }
       }
+      wait_copies<P::kLoads - 1>();
+      if (at >= 0) {
+        const P data = ring[empty * kThreads + threadIdx.x];
+        // The offset is taken off the sums once: it is of the codes' size, so no precision is lost to it.
+        factors += factor;
+#pragma unroll
+        for (int n = 0; n < P::kOutputs; ++n) sum[n] = fmaf(data.shifted(n), factor, sum[n]);
+      }
       empty = (empty + 1) % P::kLoads;
-      load(i + P::kLoads * rows);
+      load();
     }
+    if constexpr (kGrouped) close_group();
     __syncthreads();  // all have emptied their part of the ring, whose place the sums take
     if (busy) {
 #pragma unroll
-      for (int n = 0; n < P::kOutputs; ++n) sums[n * kSumStride + threadIdx.x] = fmaf(-P::kOffset, factors, sum[n]);
+      for (int n = 0; n < P::kOutputs; ++n) {
+        float value;
+        if constexpr (kGrouped) value = total[n];
+        else value = fmaf(middle - P::offset(n), factors, sum[n]);
+        sums[n * kSumStride + threadIdx.x] = value;
+      }
     }
     __syncthreads();
     // Several outputs a thread at once: the answers to their loads and exchanges are waited for together.
@@ -178,7 +206,7 @@ __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, 
         const float* from = sums + at % P::kOutputs * kSumStride + at / P::kOutputs;
 #pragma unroll 4
         for (int r = 0; r < rows; ++r) value[n] += from[r * width];
-        value[n] *= kGrouped && c.nested ? 1.f / (1 << kBits) : scale;
+        value[n] *= step * scale;
       }
       emit.put(outputs, value);
     }
@@ -190,7 +218,7 @@ __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, 
 template <class Call>
 __device__ __forceinline__ void with_residual_format(const Compensation& c, Call call) {
   const auto with_bits = [&](auto bits) {
-    if (c.nested || c.groups > 1) {
+    if (c.groups > 1) {
       call(bits, std::true_type());
     } else {
       call(bits, std::false_type());

@@ -66,7 +66,7 @@ void launch_select(const void* x, int batch, int d_in, Dtype dtype, const Compen
 
 void launch_residual_gemv(const void* x, int batch, int d_in, int d_out, Dtype dtype, const Compensation& c,
                           const int32_t* indices, void* out, cudaStream_t stream) {
-  const bool grouped = c.nested || c.groups > 1;
+  const bool grouped = c.groups > 1;
   const auto run = [&](auto plain, auto with_groups) {
     (grouped ? with_groups : plain)(x, batch, d_in, d_out, dtype, c, indices, out, stream);
   };
