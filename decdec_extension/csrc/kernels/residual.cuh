@@ -115,7 +115,7 @@ __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, 
     int group_begin = 0, group_end = 0;
     const auto close_group = [&] {
 #pragma unroll
-      for (int n = 0; n < P::kOutputs; ++n) {
+      for (int n = 0; n < (kGrouped ? P::kOutputs : 0); ++n) {
         const float value = fmaf(middle - P::offset(n), factors, sum[n]);
         const float scale = half_to_float(reinterpret_cast<const uint16_t*>(scales)[n]);
         total[n] = fmaf(value, scale, total[n]);
@@ -128,7 +128,7 @@ __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, 
       group_begin = group * c.group_size, group_end = group_begin + c.group_size;
       const uint16_t* from = c.residual_scale + int64_t{group} * d_out + output;
 #pragma unroll
-      for (int part = 0; part < P::kOutputs; part += 8) {
+      for (int part = 0; part < (kGrouped ? P::kOutputs : 0); part += 8) {
         if (wide_scales) {
           if (output + part < d_out) scales[part / 8] = __ldg(reinterpret_cast<const uint4*>(from + part));
         } else {
