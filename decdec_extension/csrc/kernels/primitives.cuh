@@ -75,6 +75,9 @@ __device__ __forceinline__ void load_streaming(uint32_t (&d)[kWords], const void
   }
 }
 
+// Brings a line of global memory into the first-level cache.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
+
 // A kernel launched with programmatic serialization may start before the one ahead of it in the stream has ended: it
 // must wait before it reads what that one wrote, or writes what that one reads. Weights are constant and need no
 // waiting.
