@@ -61,8 +61,9 @@ class Subject:
             row |= {"model": Path(self.quant.base_model).name, "method": self.quant.method, "bits": bits[0] if len(bits) == 1 else bits,
                     "group_size": self.quant.group_size, "weights_hash": self.quant.weights_hash}
         cuda = self.device.startswith("cuda")
-        repair = artifacts.load_repair(Path(self.source) / artifacts.REPAIR, self.quant).hash if self.repair else None
-        return row | {"repair": repair, "dtype": self.dtype, "seed": self.seed,
+        repair = artifacts.load_repair(Path(self.source) / artifacts.REPAIR, self.quant) if self.repair else None
+        settings = {key: repair.calibration[key] for key in ("rank", "center", "k_chunk")} if repair else None
+        return row | {"repair": repair and repair.hash, "repair_settings": settings, "dtype": self.dtype, "seed": self.seed,
                       "device": torch.cuda.get_device_name(self.device) if cuda else f"cpu {platform.machine()}",
                       "torch": torch.__version__, "decdec": decdec.__version__}
 

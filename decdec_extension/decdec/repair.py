@@ -46,9 +46,9 @@ class LayerRepair:
         return (2 * (rows.float() @ self.mean) > self.mean @ self.mean)[:, None]
 
     def add_to(self, product: Tensor, rows: Tensor, near: Tensor | None) -> Tensor:
-        """``product`` ``(n, d_out)`` with the repair of ``rows``, two small products on a GPU."""
-        out = torch.addmm(product, F.linear(rows, self.down), self.up.t())
-        return out if near is None else out + near * self.constant
+        """``product`` ``(n, d_out)``, which is written over, with the repair of ``rows``: two small products on a GPU."""
+        product.addmm_(F.linear(rows, self.down), self.up.t())
+        return product if near is None else product.add_(near * self.constant)
 
     def tensors(self) -> list[Tensor]:
         return [tensor for tensor in (self.down, self.up, self.mean, self.constant) if tensor is not None]
