@@ -14,6 +14,7 @@ import torch
 from analytic import Rates
 from profiling import Sample
 from shapes import Layer
+from timings import shape_of
 from torch import Tensor
 
 import decdec
@@ -22,6 +23,7 @@ from decdec.errors import UserError
 from decdec.repair import LayerRepair
 
 COLD_BYTES = 256 * 2**20  # distinct weights walked through in one replay: five times the 50 MB L2 of an H100
+MOST_COPIES = 256  # of a layer: one below 1 MB costs a launch more than its bytes, cold or not
 WARM_UP, SAMPLES = 3, 31
 
 
@@ -114,7 +116,7 @@ class _Bank:
     """Copies of one random layer, enough to outgrow the L2; residual rows in pinned host memory."""
 
     def __init__(self, layer: Layer, dtype: torch.dtype, selection: str):
-        self.layer, self.copies = layer, max(2, -(-COLD_BYTES // layer.base_bytes))
+        self.layer, self.copies = layer, min(MOST_COPIES, max(2, -(-COLD_BYTES // layer.base_bytes)))
         random = torch.Generator("cuda").manual_seed(0)
         rows = (layer.d_in, packing.residual_row_bytes(layer.d_out, layer.residual_bits))
         residuals = arena.pinned_rows([rows] * self.copies)
@@ -172,13 +174,14 @@ class GpuTimer:
 
     def __init__(self, dtype: str, selection: str):
         self.dtype, self.selection = getattr(torch, dtype), selection
-        self.banks: dict[Layer, _Bank] = {}
+        self.banks: dict[tuple, _Bank] = {}  # by shape, which the layers of many blocks share
         self.stream = _stream_here()
 
     def time(self, layer: Layer, n_tb: int, k_chunk: int) -> Sample:
-        if layer not in self.banks:
-            self.banks[layer] = _Bank(layer, self.dtype, self.selection)
-        bank = self.banks[layer]
+        shape = shape_of(layer)
+        if shape not in self.banks:
+            self.banks[shape] = _Bank(layer, self.dtype, self.selection)
+        bank = self.banks[shape]
         bank.call(0, n_tb, k_chunk)  # outside the capture, for what the first call of a kernel sets up
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
