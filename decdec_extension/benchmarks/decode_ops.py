@@ -1,6 +1,6 @@
 """Times of the small CUDA ops of a decoding step, and of dequantization for prefill, at Llama-3-8B's sizes.
 
-    python decode_ops.py --json results/h100.jsonl
+    python decode_ops.py --json results/h100_decode_ops.jsonl
 
 Timed as in kernels.py: the median over replays of one CUDA graph, of which each call may start while the one ahead of
 it ends. Caches and weights are cold; what a kernel ahead would just have written (activations, logits) lies in the L2.
