@@ -3,6 +3,7 @@
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include "binding/checks.h"
@@ -38,16 +39,21 @@ struct OnDevice {
         stream(static_cast<cudaStream_t>(current_stream(tensor.get_device_index()))) {}
 };
 
-// A workspace, if given, is at least `bytes` of uint8 on the device of `like`.
-inline void check_workspace(const char* op, const OptionalTensor& workspace, int64_t bytes, const Tensor& like) {
-  if (!workspace) return;
-  if (workspace->scalar_type() == ScalarType::Byte && workspace->is_contiguous() && workspace->numel() >= bytes &&
-      same_device(*workspace, like) && reinterpret_cast<uintptr_t>(workspace->data_ptr()) % 8 == 0) {
-    return;
+// Memory that is all zero before a call and after it: the caller's workspace, at least `bytes` of uint8 on the device
+// of `like`, or if there is none the call's own. While OnDevice lives.
+inline Tensor zeroed_workspace(const char* op, const OptionalTensor& workspace, int64_t bytes, const Tensor& like) {
+  if (!workspace) {
+    Tensor own = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+    torch::stable::zero_(own);
+    return own;
   }
-  std::ostringstream expected;
-  expected << "contiguous zeroed uint8 of at least " << bytes << " bytes, aligned to 8, on " << device_name(like);
-  fail(op, "workspace", expected.str(), describe(*workspace));
+  if (workspace->scalar_type() != ScalarType::Byte || !workspace->is_contiguous() || workspace->numel() < bytes ||
+      !same_device(*workspace, like) || reinterpret_cast<uintptr_t>(workspace->data_ptr()) % 8 != 0) {
+    std::ostringstream expected;
+    expected << "contiguous zeroed uint8 of at least " << bytes << " bytes, aligned to 8, on " << device_name(like);
+    fail(op, "workspace", expected.str(), describe(*workspace));
+  }
+  return *workspace;
 }
 
 }  // namespace decdec

@@ -75,13 +75,7 @@ Tensor attend(const Tensor& qkv, const Tensor& position, Tensor keys, Tensor val
   const bool few = live_at_most > 0 && live_at_most <= cuda::kShort;
   const cuda::AttendGrid grid =
       cuda::attend_grid(static_cast<int>(heads), static_cast<int>(kv_heads), static_cast<int>(dim), places, few);
-  const int64_t bytes = 4 * kv_heads * grid.groups;
-  check_workspace(op, workspace, bytes, qkv);
-  OptionalTensor own;
-  if (!workspace) {
-    own = torch::stable::new_empty(qkv, {bytes}, ScalarType::Byte);
-    torch::stable::zero_(*own);
-  }
+  const Tensor counters = zeroed_workspace(op, workspace, 4 * kv_heads * grid.groups, qkv);
   Tensor partials = torch::stable::new_empty(qkv, {heads, grid.splits, dim + 2}, ScalarType::Float);
   Tensor out = torch::stable::new_empty(qkv, {1, heads * dim});
   cuda::AttendParams p{};
@@ -94,7 +88,7 @@ Tensor attend(const Tensor& qkv, const Tensor& position, Tensor keys, Tensor val
   p.values = values.data_ptr();
   p.out = out.data_ptr();
   p.partials = static_cast<float*>(partials.data_ptr());
-  p.counters = static_cast<uint32_t*>((workspace ? *workspace : *own).data_ptr());
+  p.counters = static_cast<uint32_t*>(counters.data_ptr());
   p.heads = static_cast<int>(heads);
   p.kv_heads = static_cast<int>(kv_heads);
   p.groups = grid.groups;
@@ -135,16 +129,11 @@ Tensor argmax(const Tensor& x, const OptionalTensor& workspace) {
   check_tensor(op, "x", x, ScalarType::Float, {1, x.dim() == 2 ? x.size(1) : 0}, x);
   if (x.size(1) < 1 || x.size(1) > INT32_MAX) fail(op, "x", "at least one number", describe(x));
   constexpr int64_t kBytes = 16;
-  check_workspace(op, workspace, kBytes, x);
   const OnDevice device(x);
-  OptionalTensor own;
-  if (!workspace) {
-    own = torch::stable::new_empty(x, {kBytes}, ScalarType::Byte);
-    torch::stable::zero_(*own);
-  }
+  const Tensor best = zeroed_workspace(op, workspace, kBytes, x);
   Tensor out = torch::stable::new_empty(x, {1}, ScalarType::Long);
   cuda::launch_argmax({data<float>(x), static_cast<int64_t*>(out.data_ptr()),
-                       static_cast<uint64_t*>((workspace ? *workspace : *own).data_ptr()), static_cast<int>(x.size(1))},
+                       static_cast<uint64_t*>(best.data_ptr()), static_cast<int>(x.size(1))},
                       device.stream);
   return out;
 }

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <vector>
 
@@ -48,6 +49,7 @@ Weights uniform_weights(const Tensor& qweight, const Tensor& scales, const Tenso
   w.scales = data<uint16_t>(scales);
   w.zeros = data<uint16_t>(zeros);
   w.group_size = static_cast<int>(d_in / scales.size(0));
+  w.group_shift = std::has_single_bit(unsigned(w.group_size)) ? std::countr_zero(unsigned(w.group_size)) : -1;
   w.d_out = static_cast<int>(scales.size(1));
   w.d_in = static_cast<int>(d_in);
   return w;
@@ -125,23 +127,18 @@ Tensor multiply_compensated(const char* op, const Tensor& x, Format format, int6
   check_rows(op, x);
   check_bias(op, bias, weights.d_out, x);
   a.check(op, weights.d_in, weights.d_out, x);
-  const int64_t bytes = x.size(0) * weights.d_out * 8;
-  check_workspace(op, a.workspace, bytes, x);
   const OnDevice device(x);
   Tensor out = empty_like_x(x, weights.d_out);
   GemvParams p{};
   p.weights = weights;
   set_norm(op, p, x, format, norm);
-  OptionalTensor own;
+  OptionalTensor workspace;  // held until the launch
   if (a.k_chunk > 0 && x.size(0) > 0) {
     Compensation& c = p.compensation;
     set_residual(c, a.residual, a.residual_scale, a.residual_bits, a.nested, a.row_scale);
     set_selection(c, weights.d_in, a.k_chunk, a.b_0, a.b_15, a.center);
-    if (!a.workspace) {
-      own = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
-      torch::stable::zero_(*own);
-    }
-    c.workspace = static_cast<uint64_t*>((a.workspace ? *a.workspace : *own).data_ptr());
+    workspace = zeroed_workspace(op, a.workspace, x.size(0) * weights.d_out * 8, x);
+    c.workspace = static_cast<uint64_t*>(workspace->data_ptr());
     c.n_tb = static_cast<int>(std::min<int64_t>(a.n_tb, cuda::kMaxFetchBlocks));
   }
   run(p, format, bits, x, bias, out, device.stream);
