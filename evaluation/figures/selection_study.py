@@ -18,7 +18,7 @@ from decdec import figure_style as style
 from decdec.errors import UserError, run
 from decdec.files import atomic
 
-CONDITIONS = ("text_hash", "windows", "window_length", "dtype", "calibration_hash")
+CONDITIONS = ("text_hash", "windows", "window_length", "dtype", "calibration_hash", "weights_hash")
 PAPER = "paper 4"
 K_CHUNKS = (0, 4, 8, 16, 32, 64, 128, 256)
 Points = dict[tuple[str, int], dict]  # rows by variant and k_chunk
@@ -130,8 +130,8 @@ def main() -> None:
     for (model, method, bits, *_), points in complete.items():
         row = points[PAPER, 0]
         lines += [f"## {model}, {METHODS.get(method, method)}, {bits} bits", "",
-                  f"{row['windows']} windows of {row['window_length']} tokens of {row['text']}, {row['dtype']}. In brackets: percent of the gap "
-                  f"closed by {PAPER} bits at the same k_chunk that is lost, with its standard error.", "", *variant_table(points), "",
+                  f"{row['windows']} windows of {row['window_length']} tokens of {row['text']}, {row['dtype']}, weights {row['weights_hash']}. In brackets: percent "
+                  f"of the gap closed by {PAPER} bits at the same k_chunk that is lost, with its standard error.", "", *variant_table(points), "",
                   "At equal bytes fetched; in brackets the difference to the paper's residuals.", "", *equal_bytes(points), ""]
         draw(points, Path(arguments.out) / f"selection_study_{model.lower()}_{method}")
         written(f"{arguments.out}/selection_study_{model.lower()}_{method}")
