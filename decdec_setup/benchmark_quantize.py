@@ -9,6 +9,7 @@ files counted in) and of the GPU.
 import argparse
 import os
 import platform
+import sys
 import tempfile
 import threading
 import time
@@ -151,6 +152,7 @@ def main() -> None:
                 squeezellm.HIDDEN_BYTES = limit * blocks // whole  # hidden states wait or are made again as in the whole model
                 work = step_of(step, Path(scratch, str(blocks)), Path(scratch, f"{blocks}-quantized"), args.bits, calibration, args.device)
                 found.append(measured(work, cuda))
+                print(f"{step} of {blocks} blocks: {found[-1][0]:.1f} s, {found[-1][1]:.2f} GB of CPU memory", file=sys.stderr, flush=True)
             if step in args.steps:
                 row = scaled(args, step, found, block_bytes, rest_bytes)
                 append_row(args.out, row)
