@@ -75,8 +75,8 @@ def compensated_us(layer: Layer, n_tb: int, k_chunk: int, rates: Rates) -> float
 
 
 def fitted_fixed_us(layer: Layer, points: Iterable[tuple[int, float]], base: float, link_gb_s: float) -> float:
-    """The fixed cost of fetching that measured ``(k_chunk, us)`` show: what is left of the time when the link's is taken
-    off, at the median.
+    """The fixed cost of fetching that measured ``(k_chunk, us)`` show: what is left of the time without the link's, at
+    the median.
 
     Only points well above the ``base`` time, in the upper half of the range, tell it: below, fetching is hidden. 0 if
     there are none.

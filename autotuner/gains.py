@@ -8,7 +8,8 @@ Of a folder there are two sources, the better one first:
   of different channels taken as independent), which is estimated from the largest |x| at each rank. As a
   fraction of the layer's squared output; layers count alike.
 
-Random weights have neither: their inputs are taken as standard normal, and layers count alike (:func:`of_normal_inputs`).
+Random weights have neither: their inputs are taken as standard normal (:func:`of_normal_inputs`), and layers count
+alike.
 """
 
 from collections.abc import Iterable

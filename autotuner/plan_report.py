@@ -41,8 +41,10 @@ def text(plan: Plan) -> str:
 
 
 def rows(plan: Plan) -> Iterator[dict]:
-    """One row for each target, kind of layer and setting; ``count`` layers share it. Times are over that kind's own base
-    time."""
+    """One row for each target, kind of layer and setting; ``count`` layers share it.
+
+    Times are over that kind's own base time.
+    """
     for tuned in plan.tuned:
         same = {}
         for choice in tuned.choices:
@@ -55,5 +57,5 @@ def rows(plan: Plan) -> Iterator[dict]:
                    "base_us": choice.base_us, "predicted": choice.predicted_us / choice.base_us,
                    "measured": choice.measured_us and choice.measured_us / choice.base_us,
                    "predicted_percent": tuned.predicted_percent, "measured_percent": tuned.measured_percent,
-                   "token_percent": tuned.token_percent, "device": plan.device.name, "sms": plan.device.sms, "simulated": plan.device.simulated,
-                   "selection": plan.selection} | plan.versions
+                   "token_percent": tuned.token_percent, "device": plan.device.name, "sms": plan.device.sms,
+                   "simulated": plan.device.simulated, "selection": plan.selection} | plan.versions

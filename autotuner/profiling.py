@@ -73,8 +73,8 @@ class Profiler:
 
     def warn_if_noisy(self) -> None:
         if self.noisy > NOISY * self.taken:
-            print(f"warning: {self.noisy} of {self.taken} timings spread by more than {SPREAD:.0%} even after {TRIES} tries: "
-                  "something else uses this GPU or its clocks move; close it and profile again into a new file",
+            print(f"warning: {self.noisy} of {self.taken} timings spread by more than {SPREAD:.0%} even after {TRIES} "
+                  "tries: something else uses this GPU or its clocks move; close it and profile again into a new file",
                   file=sys.stderr)
 
 
@@ -89,8 +89,8 @@ def coarse_points(layer: Layer, base_us: float, dram_gb_s: float, link_gb_s: flo
 
 
 def measure_coarsely(profiler: Profiler, layer: Layer, points: Sequence[tuple[int, int]]) -> None:
-    """Measure ``points`` of :func:`coarse_points`, but none of a n_tb that has fallen ``BEHIND``: most of the time would
-    go there."""
+    """Measure ``points`` of :func:`coarse_points`, but none of a n_tb that has fallen ``BEHIND``, where most of the time
+    would go."""
     k_chunks = defaultdict(list)
     for n_tb, k_chunk in points:
         k_chunks[n_tb].append(k_chunk)

@@ -1,8 +1,8 @@
 """End-to-end targets: have a runtime measure a token under the choice, and choose again until the two agree.
 
-A token's slow-down is not the sum of its kernels'. On an H100 (2026-11-22) a compensated layer among others that are not
-costs a token 4 to 9 us more than its kernel takes by itself. So the runtime is asked first what each kind of layer really
-costs, one kind at a time, and what comes on top of its kernel's time counts for every layer that is compensated.
+A token's slow-down is not the sum of its kernels'. On an H100 (2026-11-22) a compensated layer among others that are
+not costs a token 4 to 9 us more than its kernel takes by itself. So the runtime is asked first what each kind of layer
+really costs, one kind at a time, and what comes on top of its kernel's time counts for every layer that is compensated.
 """
 
 from collections.abc import Callable, Mapping

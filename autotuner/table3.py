@@ -21,7 +21,8 @@ def cells(paths: list[str]) -> dict[tuple[str, float], dict[str, str]]:
                 slowdown = plan_report.percent(tuned.measured_percent if measured else tuned.predicted_percent)
                 token = "" if tuned.token_percent is None else f", a token {plan_report.percent(tuned.token_percent)}"
                 model = f"{plan.model} {plan.method} w{bits}, {tuned.objective}, {tuned.scope}"
-                cell = f"{plan_report.settings(tuned, bits)} {slowdown} {'measured' if measured else 'predicted'}{token}"
+                how = "measured" if measured else "predicted"
+                cell = f"{plan_report.settings(tuned, bits)} {slowdown} {how}{token}"
                 lines.setdefault((device, tuned.target_percent), {})[model] = cell
     return lines
 

@@ -49,7 +49,8 @@ def read_profile(path: str | Path, missing_ok: bool = False) -> list[dict]:
     try:
         rows = read_rows(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"profile: {path}: expected a file of JSON lines, got one that cannot be read ({error})") from None
+        raise UserError(f"profile: {path}: expected a file of JSON lines, got one that cannot be read "
+                        f"({error})") from None
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or row.get("what") not in ("timing", "rates"):
             raise UserError(f"profile: {path}, row {number}: expected a row of run_profile.py, got {str(row)[:60]}")

@@ -1,4 +1,4 @@
-"""The time of a whole token, asked of a runtime in a process of its own: ``end-to-end/time_plans.py`` or one like it."""
+"""The time of a whole token, asked of a runtime in its own process: ``end-to-end/time_plans.py`` or one like it."""
 
 import contextlib
 import json
