@@ -192,7 +192,7 @@ def test_variant_names_tell_them_apart():
 def test_the_figure_and_its_tables(tmp_path):
     rows = tmp_path / "rows.jsonl"
     shared = {"bench": "selection_study", "model": "M", "method": "awq", "bits": 3, "text": "t", "text_hash": "h", "windows": 3,
-              "window_length": 8, "dtype": "tf32", "calibration_hash": "c", "added_device_bytes": 0}
+              "window_length": 8, "dtype": "tf32", "calibration_hash": "c", "weights_hash": "w", "added_device_bytes": 0}
     for variant, form, k_chunk, base in (("paper 4", "paper", 0, 3.0), ("paper 4", "paper", 8, 2.5), ("nested 2", "nested", 8, 2.55),
                                          ("nested 2", "nested", 16, 2.4)):
         bits = int(variant[-1])
