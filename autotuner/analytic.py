@@ -21,7 +21,7 @@ class Rates:
     The defaults of the others: one fetching block reaches 9 GB/s of link and fetching costs 6.5 us besides its bytes, as
     a first kernel showed on an H100 (2026-11-22); a base GEMV needs 60 % of the SMs to keep its full rate, an assumption
     that agrees with the paper's 4050M, where 8 of 20 SMs may fetch and 16 may not; each small kernel of a static repair
-    takes 2.9 us in a graph besides its bytes (an H100, 2026-11-22: 8.7 us for the three of rank 8 at 4096 x 4096).
+    takes 3.7 us in a graph besides its bytes (an H100, 2026-11-22: 7.5 us for the two of rank 8 at 4096 x 4096).
     """
 
     dram_gb_s: float
@@ -31,7 +31,7 @@ class Rates:
     fixed_us: float = 6.5
     busy_sms: float = 0.6
     launch_us: float = 1.0
-    small_us: float = 2.9
+    small_us: float = 3.7
 
     def without_fixed_costs(self) -> "Rates":
         """The paper's law: fetching costs its bytes alone, and takes no SM from the base GEMV."""
