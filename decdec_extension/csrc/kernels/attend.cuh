@@ -116,15 +116,6 @@ __global__ void __launch_bounds__(kAttendThreads, kHeads <= 4 ? 2 : 1)
     }
   };
   fetch(true, true);
-  if (!kEarlyKeys) {  // the second lot comes as far as the first-level cache meanwhile
-#pragma unroll
-    for (int u = kAtOnce; u < 2 * kAtOnce; ++u) {
-      const int64_t place = start + u * kStride;
-      if (place >= min(end, live - 1) || !reads) continue;
-      prefetch(keys + place * dim + 8 * piece);
-      prefetch(values + place * dim + 8 * piece);
-    }
-  }
   const Turn turn(p, position);
   wait_for_last_kernel();
 
