@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,8 @@ def test_perplexity_alone(everything, original, folder):
 
 @pytest.mark.parametrize("command", SCRIPTS)
 def test_a_script(everything, folder, data, tmp_path, command):
-    places = {"FOLDER": folder, "DATA": data, "MT": everything / "mt_bench", "PLAN": everything / "plans/tiny-rtn-w3-4050M.json",
+    bench = shutil.copytree(everything / "mt_bench", tmp_path / "mt_bench")  # answers are added to it
+    places = {"FOLDER": folder, "DATA": data, "MT": bench, "PLAN": everything / "plans/tiny-rtn-w3-4050M.json",
               "ROWS": everything.with_name(f"{everything.name}.jsonl"), "gpt-4o_single": "stand-in_single", "wikitext": "pydoc",
               "evaluation": ROOT / "evaluation"}
     words = shlex.split(re.sub(rf"\b({'|'.join(places)})\b", lambda match: str(places[match.group()]), command))
