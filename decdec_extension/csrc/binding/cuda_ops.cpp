@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <vector>
 
@@ -48,6 +49,7 @@ Weights uniform_weights(const Tensor& qweight, const Tensor& scales, const Tenso
   w.scales = data<uint16_t>(scales);
   w.zeros = data<uint16_t>(zeros);
   w.group_size = static_cast<int>(d_in / scales.size(0));
+  w.group_shift = std::has_single_bit(unsigned(w.group_size)) ? std::countr_zero(unsigned(w.group_size)) : -1;
   w.d_out = static_cast<int>(scales.size(1));
   w.d_in = static_cast<int>(d_in);
   return w;

@@ -7,7 +7,7 @@
 
 #pragma once
 
-#include "primitives.cuh"
+#include "activations.cuh"
 
 namespace decdec::cuda {
 
@@ -54,13 +54,22 @@ __device__ __forceinline__ void split_groups(const uint32_t (&words)[kBits], uin
 // Two and three bits: an entry is 256 high + low, a signed and an unsigned byte.
 // Four bits: one permute sees only eight entries. An entry v becomes 128 high + low + 1/2 - 8192 = (v - 1/2) / 4 with
 // two seven-bit numbers (off by at most 1.5 of 32767, less than float16 loses), in two tables of eight. For a code of
-// the other table the selector's top bit makes a permute repeat the entry's sign, which is 0: both tables' products are
-// summed and no selection is needed, a third fewer instructions than with one.
+// the other table the selector's top bit makes a permute repeat the entry's sign, which is 0: the sum of both is the
+// entry's.
 template <int kBits>
 struct RowTable {
   static constexpr int kEntryWords = 1 << (kBits - 1);
   static constexpr int kWords = kBits == 2 ? 1 : kEntryWords / 2;
   uint32_t high[kWords], low[kWords];
+
+  // The parts of the four entries that the nibbles of `selector` name.
+  __device__ __forceinline__ static uint32_t look_up(const uint32_t (&part)[kWords], uint32_t selector) {
+    if constexpr (kBits == 4) {
+      return permute(part[0], part[1], selector) + permute(part[2], part[3], selector ^ 0x8888);
+    } else {
+      return permute(part[0], part[kWords - 1], selector);
+    }
+  }
 
   __device__ __forceinline__ void load(const uint32_t* entries) {
 #pragma unroll
@@ -76,18 +85,17 @@ struct RowTable {
   }
 };
 
-// Codebook weights: A is looked up twice, the products of high and low bytes are summed apart and joined once a row
-// tile.
+// Codebook weights: A is looked up twice, the products of high and low bytes are summed apart and joined once a
+// segment, a warp's run of batches in one row tile.
 template <int kBits, int kRowPairs>
 struct CodebookTile {
-  static constexpr bool kPairedInputs = false;  // see stage_activations
-  static constexpr bool kStepSums = false;
-  static constexpr int kParts = kBits == 4 ? 2 : 1;
+  static constexpr bool kPairedInputs = false;  // see write_digits
+  static constexpr Sums kSums = kBits == 4 ? Sums::kDigits : Sums::kNone;
+  static constexpr int kBatchUnits = batch_units(Format::kCodebook);
   static constexpr int kEntryWords = 1 << (kBits - 1);
   static constexpr int kRowBytes = 4 * kEntryWords;
-  static constexpr int kSideBytes = side_bytes(Format::kCodebook, kBits);  // the tile's codebook and scales
 
-  // Copies what the products need besides the codes: with a tile's first batch, its tables.
+  // Copies what the products need besides the codes: with a segment's first batch, its tables.
   __device__ __forceinline__ static void copy_side(uint8_t* side, const Weights& w, int tile, int, bool first,
                                                    int lane) {
     if (!first) return;
@@ -100,20 +108,12 @@ struct CodebookTile {
     if (lane < kTileRows) copy_async<4>(side + kTileRows * kRowBytes + 4 * lane, w.scale + row(lane));
   }
 
-  __device__ __forceinline__ static int slot_size(int) { return 0; }
-
   RowTable<kBits> table[2];
   float scale[2];
   int high[kRowPairs][4], low[kRowPairs][4];
+  int totals[kRowPairs][2];  // of the lane's digits: 0 and 1, or 2 in odd lanes
 
-  __device__ __forceinline__ CodebookTile() : scale{} {
-#pragma unroll
-    for (int n = 0; n < kRowPairs; ++n) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) high[n][c] = low[n][c] = 0;
-    }
-  }
-
+  // Begins a segment.
   __device__ __forceinline__ void begin(const uint8_t* side, int lane) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -124,30 +124,42 @@ struct CodebookTile {
       table[h].load(entries);
       scale[h] = *reinterpret_cast<const float*>(side + kTileRows * kRowBytes + 4 * (lane / 4 + 8 * h));
     }
+#pragma unroll
+    for (int n = 0; n < kRowPairs; ++n) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) high[n][c] = low[n][c] = 0;
+      totals[n][0] = totals[n][1] = 0;
+    }
   }
 
-  // Multiplies unit u of a batch. digits(n): the B registers (b0, b1 of k-step 0, b0, b1 of k-step 1) of row pair n.
-  template <class Digits, class Sums>
-  __device__ __forceinline__ void multiply(const uint32_t (&words)[kBits], Digits digits, Sums, const uint8_t*, int,
-                                           int, bool, int, int) {
-    uint32_t groups[4];
-    split_groups<kBits>(words, groups);
-    uint4 b[kRowPairs];
+  // Multiplies `count` units of a batch. codes(u, words), digits(u, n): the B registers (b0, b1 of k-step 0, b0, b1 of
+  // k-step 1) of row pair n, sums(u, n): what write_digits leaves for the lane.
+  template <class Codes, class Digits, class DigitSums>
+  __device__ __forceinline__ void multiply(int count, Codes codes, Digits digits, DigitSums sums, const uint8_t*, int,
+                                           int) {
+    const auto unit = [&](int u) {
+      uint32_t words[kBits];
+      codes(u, words);
+      uint32_t groups[4];
+      split_groups<kBits>(words, groups);
+      uint4 b[kRowPairs];
 #pragma unroll
-    for (int n = 0; n < kRowPairs; ++n) b[n] = digits(n);
+      for (int n = 0; n < kRowPairs; ++n) {
+        b[n] = digits(u, n);
+        if constexpr (kSums == Sums::kDigits) {
+          const int2 t = sums(u, n);
+          totals[n][0] += t.x, totals[n][1] += t.y;
+        }
+      }
 #pragma unroll
-    for (int s = 0; s < 2; ++s) {
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
+      for (int s = 0; s < 2; ++s) {
         uint32_t a_high[4], a_low[4];
 #pragma unroll
         for (int r = 0; r < 4; ++r) {  // register r: row half r % 2, inputs' half r / 2
           const RowTable<kBits>& t = table[r % 2];
-          const uint32_t group = part ? groups[2 * s + r % 2] ^ 0x88888888 : groups[2 * s + r % 2];
-          const uint32_t codes = r < 2 ? group : group >> 16;
-          constexpr int kSecond = kBits == 2 ? 0 : 1;
-          a_high[r] = permute(t.high[2 * part], t.high[2 * part + kSecond], codes);
-          a_low[r] = permute(t.low[2 * part], t.low[2 * part + kSecond], codes);
+          const uint32_t group = groups[2 * s + r % 2], selector = r < 2 ? group : group >> 16;
+          a_high[r] = t.look_up(t.high, selector);
+          a_low[r] = t.look_up(t.low, selector);
         }
 #pragma unroll
         for (int n = 0; n < kRowPairs; ++n) {
@@ -155,18 +167,25 @@ struct CodebookTile {
           mma<false>(low[n], a_low, s ? b[n].z : b[n].x, s ? b[n].w : b[n].y);
         }
       }
+    };
+    if (count == kBatchUnits) {
+#pragma unroll
+      for (int u = 0; u < kBatchUnits; ++u) unit(u);
+    } else {
+#pragma unroll 1
+      for (int u = 0; u < count; ++u) unit(u);
     }
   }
 
   // The lane's part of row half h: its two digit columns joined, the lower one of weight 1. Odd lanes have but one
-  // digit. `totals`: the sums of the two digits over the slice.
-  __device__ __forceinline__ float value(int n, int h, int lane, const int (&totals)[2]) const {
+  // digit.
+  __device__ __forceinline__ float value(int n, int h, int lane) const {
     float column[2];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       if constexpr (kBits == 4) {
-        column[j] = fmaf(512.f, float(high[n][2 * h + j] - 64 * totals[j]),
-                         fmaf(4.f, float(low[n][2 * h + j]), 1.5f * totals[j]));
+        column[j] = fmaf(512.f, float(high[n][2 * h + j] - 64 * totals[n][j]),
+                         fmaf(4.f, float(low[n][2 * h + j]), 1.5f * totals[n][j]));
       } else {
         column[j] = fmaf(256.f, float(high[n][2 * h + j]), float(low[n][2 * h + j]));
       }
@@ -175,26 +194,17 @@ struct CodebookTile {
   }
 };
 
-// Group-wise uniform weights: A is the codes, whose integer sums meet scale and zero point once a group.
+// Group-wise uniform weights: A is the codes, whose integer sums meet scale and zero point once a slot of inputs, which
+// lies within a group and within a batch.
 template <int kBits, int kRowPairs>
 struct UniformTile {
   static constexpr bool kPairedInputs = true;
-  static constexpr bool kStepSums = true;
+  static constexpr Sums kSums = Sums::kSteps;
+  static constexpr int kBatchUnits = batch_units(Format::kUniform);
   static constexpr int kSlotBytes = 4 * kTileRows;  // float16 scales of the tile's rows, then zero points
-  static constexpr int kSideBytes = side_bytes(Format::kUniform, kBits);
 
   float sum[kRowPairs][2];
 
-  __device__ __forceinline__ UniformTile() {
-#pragma unroll
-    for (int n = 0; n < kRowPairs; ++n) {
-      sum[n][0] = sum[n][1] = x_sum[n] = 0;
-#pragma unroll
-      for (int c = 0; c < 4; ++c) products[n][c] = 0;
-    }
-  }
-
-  // Inputs whose scale is entered at once: a slot lies within a group and within a batch.
   __device__ __forceinline__ static int slot_size(int group_size) {
     return group_size % 128 == 0 ? 128 : group_size % 64 == 0 ? 64 : 32;
   }
@@ -205,71 +215,84 @@ struct UniformTile {
     const int slot_inputs = slot_size(w.group_size);
     const int row = tile * kTileRows + 2 * (lane % 8);
     const uint16_t* p = lane % 16 < 8 ? w.scales : w.zeros;
-    for (int slot = lane / 16; slot * slot_inputs < batch_units(Format::kUniform, kBits) * kUnitInputs; slot += 2) {
+#pragma unroll 1
+    for (int slot = lane / 16; slot * slot_inputs < kBatchUnits * kUnitInputs; slot += 2) {
       const int input = unit * kUnitInputs + slot * slot_inputs;
       const bool inside = input < w.d_in && row < w.d_out;
-      const int64_t at = inside ? int64_t{input / w.group_size} * w.d_out + row : 0;
-      copy_async<4>(side + slot * kSlotBytes + lane % 16 * 4, p + at, inside);
+      const int group = w.group_shift >= 0 ? input >> w.group_shift : input / w.group_size;
+      copy_async<4>(side + slot * kSlotBytes + lane % 16 * 4, p + (inside ? int64_t{group} * w.d_out + row : 0),
+                    inside);
     }
   }
 
-  __device__ __forceinline__ void begin(const uint8_t*, int) {}
-
-  float scale[2], zero[2];  // of rows lane / 4 and lane / 4 + 8, in the current slot
-
-  __device__ __forceinline__ void enter_slot(const uint8_t* side, int slot, int lane) {
-    const uint16_t* from = reinterpret_cast<const uint16_t*>(side + slot * kSlotBytes) + lane / 4;
+  __device__ __forceinline__ void begin(const uint8_t*, int) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      scale[h] = half_to_float(from[8 * h]);
-      zero[h] = half_to_float(from[kTileRows + 8 * h]);
+    for (int n = 0; n < kRowPairs; ++n) sum[n][0] = sum[n][1] = 0;
+  }
+
+  // As CodebookTile's; sums(u, n) are of the lane's digits in both k-steps.
+  template <class Codes, class Digits, class DigitSums>
+  __device__ __forceinline__ void multiply(int count, Codes codes, Digits digits, DigitSums sums, const uint8_t* side,
+                                           int group_size, int lane) {
+    const int slot_inputs = slot_size(group_size);
+    if (slot_inputs == 128) {
+      multiply_slots<4>(count, codes, digits, sums, side, lane);
+    } else if (slot_inputs == 64) {
+      multiply_slots<2>(count, codes, digits, sums, side, lane);
+    } else {
+      multiply_slots<1>(count, codes, digits, sums, side, lane);
     }
   }
 
-  int products[kRowPairs][4];  // of the current slot so far, and the sums of its activations
-  float x_sum[kRowPairs];
-
-  __device__ __forceinline__ void leave_slot(int lane) {
+  template <int kSlotSteps, class Codes, class Digits, class DigitSums>
+  __device__ __forceinline__ void multiply_slots(int count, Codes codes, Digits digits, DigitSums sums,
+                                                 const uint8_t* side, int lane) {
+    const uint16_t* factors = reinterpret_cast<const uint16_t*>(side) + lane / 4;
+    int products[kRowPairs][4], x_sum[kRowPairs];  // of the current slot so far
+    const auto unit = [&](int u) {
+      uint32_t words[kBits], a[2][4];
+      codes(u, words);
+      operands(words, a);
 #pragma unroll
-    for (int n = 0; n < kRowPairs; ++n) {
+      for (int s = 0; s < 2; ++s) {
+        const int step = 2 * u + s;
+        if (step % kSlotSteps == 0) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        // Odd lanes have but one digit. At most 128 * 15 * 128 * 257 < 2**26: nothing overflows.
-        const float product = float(products[n][2 * h] + (lane % 2 ? 0 : 256) * products[n][2 * h + 1]);
-        sum[n][h] = fmaf(scale[h], fmaf(-zero[h], x_sum[n], product), sum[n][h]);
+          for (int n = 0; n < kRowPairs; ++n) {
+            products[n][0] = products[n][1] = products[n][2] = products[n][3] = x_sum[n] = 0;
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < kRowPairs; ++n) {
+          const uint4 b = digits(u, n);
+          const int2 x = sums(u, n);
+          mma<false>(products[n], a[s], s ? b.z : b.x, s ? b.w : b.y);
+          x_sum[n] += s ? x.y : x.x;
+        }
+        if (step % kSlotSteps != kSlotSteps - 1) continue;
+        const uint16_t* from = factors + step / kSlotSteps * (kSlotBytes / 2);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float scale = half_to_float(from[8 * h]), zero = half_to_float(from[kTileRows + 8 * h]);
+#pragma unroll
+          for (int n = 0; n < kRowPairs; ++n) {
+            // Odd lanes have but one digit. At most 128 * 15 * 128 * 257 < 2**26: nothing overflows.
+            const float product = float(products[n][2 * h] + (lane % 2 ? 0 : 256) * products[n][2 * h + 1]);
+            sum[n][h] = fmaf(scale, fmaf(-zero, float(x_sum[n]), product), sum[n][h]);
+          }
+        }
       }
+    };
+    if (count == kBatchUnits) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) products[n][c] = 0;
-      x_sum[n] = 0;
+      for (int u = 0; u < kBatchUnits; ++u) unit(u);
+    } else {
+#pragma unroll 1
+      for (int u = 0; u < count; ++u) unit(u);
     }
   }
 
-  // Multiplies unit u of a batch; `parity` is u % 2, `last` whether none follows. x_sums(n): the sums of the lane's
-  // digits in both k-steps.
-  template <class Digits, class Sums>
-  __device__ __forceinline__ void multiply(const uint32_t (&words)[kBits], Digits digits, Sums x_sums,
-                                           const uint8_t* side, int u, int parity, bool last, int slot_inputs,
-                                           int lane) {
-    uint32_t a[2][4];
-    operands(words, a);
-    if (slot_inputs == 64) enter_slot(side, u, lane);
-    if (slot_inputs == 128 && parity == 0) enter_slot(side, u / 2, lane);
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      if (slot_inputs == 32) enter_slot(side, 2 * u + s, lane);
-#pragma unroll
-      for (int n = 0; n < kRowPairs; ++n) {
-        const uint4 b = digits(n);
-        const float2 x = x_sums(n);
-        mma<false>(products[n], a[s], s ? b.z : b.x, s ? b.w : b.y);
-        x_sum[n] += s ? x.y : x.x;
-      }
-      if (slot_inputs == 32 && s == 0) leave_slot(lane);
-    }
-    if (slot_inputs != 128 || parity == 1 || last) leave_slot(lane);
-  }
-
-  __device__ __forceinline__ float value(int n, int h, int, const int (&)[2]) const { return sum[n][h]; }
+  __device__ __forceinline__ float value(int n, int h, int) const { return sum[n][h]; }
 
   // A registers of both k-steps: the even nibbles of a group first, then the odd ones.
   __device__ __forceinline__ static void operands(const uint32_t (&words)[kBits], uint32_t (&a)[2][4]) {

@@ -51,12 +51,7 @@ struct Outputs {
     for (int n = 0; n < kPlaces; ++n) {
       if (outputs[n] < 0) continue;
       at[n] = int64_t{row} * p.weights.d_out + outputs[n], sum[n] = values[n];
-      if (p.compensation.n_tb == 0) {
-        store_element(p.out, at[n], p.dtype, values[n]);
-        at[n] = -1;
-      } else if (found[n] == 0) {
-        found[n] = atomicExch(place(at[n]), uint64_t{1} << 32 | __float_as_uint(values[n]));
-      }
+      if (found[n] == 0) found[n] = atomicExch(place(at[n]), uint64_t{1} << 32 | __float_as_uint(values[n]));
     }
   }
 
@@ -84,6 +79,7 @@ __device__ inline void compensate(const GemvParams& p, uint8_t* shared) {
   const int warp = threadIdx.x / 32;
   uint16_t* own = reinterpret_cast<uint16_t*>(shared + normed_bytes(c.selected, 0));
   Outputs<kEmitted> out(p);
+  wait_for_last_kernel();
   for (int row = 0; row < p.batch; ++row) {
     const uint16_t* x = static_cast<const uint16_t*>(p.x) + int64_t{row} * d_in;
     out.row = row;
@@ -118,35 +114,46 @@ __device__ inline void compensate(const GemvParams& p, uint8_t* shared) {
           out);
     });
   }
-  out.finish();
 }
 
-template <Format kFormat, int kBits, int kRowPairs>
-__global__ __launch_bounds__(kThreads, 2) void gemv_kernel(const __grid_constant__ GemvParams p) {
-  extern __shared__ __align__(128) uint8_t shared[];
-  const Compensation& c = p.compensation;
-  allow_next_kernel();
-  if (blockIdx.x < c.n_tb) {
-    wait_for_last_kernel();
-    compensate(p, shared);
-    return;
-  }
-  const int block = blockIdx.x - c.n_tb;
-  Outputs<1> out(p);
-  const auto emit = [&](int row, int o, float sum) {
-    out.row = row;
-    out.put({o}, {p.bias ? sum + load_element(p.bias, o, p.dtype) : sum});
+// The base role: its blocks come after those that compensate. emit(row, o, value) takes every output once.
+template <Format kFormat, int kBits, int kRowPairs, class Emit>
+__device__ __forceinline__ void multiply(const GemvParams& p, int block, uint8_t* shared, Emit emit) {
+  const auto with_bias = [&](int row, int o, float sum) {
+    emit(row, o, p.bias ? sum + load_element(p.bias, o, p.dtype) : sum);
   };
   if constexpr (kFormat == Format::kUniform) {
     if (p.plan.generic) {
       wait_for_last_kernel();
-      generic_gemv<kBits>(p, block, emit);
-      out.finish();
-      return;
+      return generic_gemv<kBits>(p, block, with_bias);
     }
   }
-  base_gemv<kFormat, kBits, kRowPairs>(p, block, shared, emit);
-  out.finish();
+  base_gemv<kFormat, kBits, kRowPairs>(p, block, shared, with_bias);
+}
+
+// Registers for two blocks an SM, of this kernel or of the next one, which begins early; but the compensation's many
+// instances would spill to a first-level cache that shared memory leaves little of: twice the time (H100).
+template <Format kFormat, int kBits, int kRowPairs, bool kCompensated>
+__global__ __launch_bounds__(kThreads, kRowPairs == 1 && !kCompensated ? 2 : 1) void gemv_kernel(
+    const __grid_constant__ GemvParams p) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  allow_next_kernel();
+  if constexpr (kCompensated) {
+    const int n_tb = p.compensation.n_tb;
+    if (blockIdx.x < n_tb) {
+      return compensate(p, shared);
+    }
+    Outputs<1> out(p);
+    multiply<kFormat, kBits, kRowPairs>(p, blockIdx.x - n_tb, shared, [&](int row, int o, float value) {
+      out.row = row;
+      out.put({o}, {value});
+    });
+    out.finish();
+  } else {
+    multiply<kFormat, kBits, kRowPairs>(p, blockIdx.x, shared, [&](int row, int o, float value) {
+      store_element(p.out, int64_t{row} * p.weights.d_out + o, p.dtype, value);
+    });
+  }
 }
 
 }  // namespace decdec::cuda

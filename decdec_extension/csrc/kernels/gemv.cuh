@@ -1,16 +1,16 @@
-// The base GEMV of one block: o = W_q x for the row tiles block, block + blocks, ...
+// The base GEMV of one block: o = W_q x for a run of row tiles.
 //
-// Every warp multiplies its own slice of the inputs. It stages that slice's activations once, and streams its part of
-// tile after tile through a ring of shared-memory buffers that it fills and empties alone; only the sums of a tile meet
-// in the block, in fixed order. Integer products and sums are exact, so the result does not depend on timing.
+// The run's batches, tile after tile, are dealt to the warps in equal consecutive shares, so that a warp ends one tile
+// and begins another as seldom as can be: that costs it as much as eight units of products. It streams its share
+// through two shared-memory buffers that it fills and empties alone. Only the sums of a tile's segments, the parts of a
+// tile in one share, meet, once all is multiplied, in fixed order. Integer products and sums are exact, so the result
+// does not depend on timing.
 
 #pragma once
 
 #include <type_traits>
 
-#include "activations.cuh"
 #include "codes.cuh"
-#include "norm.cuh"
 
 namespace decdec::cuda {
 
@@ -41,234 +41,193 @@ __device__ __forceinline__ float weight_at(const Weights& w, int o, int i) {
   return weight_of<kFormat, kBits>(w, o, i, code_at<kBits>(w.qweight, (w.d_in + kUnitInputs - 1) / kUnitInputs, o, i));
 }
 
-// A warp's copies, batch after batch in the order of the products, across tiles and panels.
-template <class Tile, int kBits, int kBatchUnits>
-struct Stream {
-  static constexpr int kUnitBytesPacked = kBits * 128;
-  static constexpr int kBufferBytes = kBatchUnits * kUnitBytesPacked + Tile::kSideBytes;
+// A warp's share of a block's batches in one panel: [begin, end) of tiles * per_tile.
+struct Share {
+  int first, units;  // of the panel, in units of 64 inputs
+  int per_tile;      // batches
+  int size;          // of every warp's share but the last ones'
+  int begin, end;
+  int tile, unit;    // where it begins
 
-  const GemvParams& p;
-  uint8_t* ring;
-  uint64_t* barriers;
-  int units, tiles, lane, warp, block;
-  int panel, tile, unit, begin, end;  // what is copied next
-  int fill = 0;                       // into this buffer
-
-  __device__ __forceinline__ Stream(const GemvParams& p, int block, uint8_t* ring, uint64_t* barriers)
-      : p(p),
-        ring(ring),
-        barriers(barriers),
-        units((p.weights.d_in + kUnitInputs - 1) / kUnitInputs),
-        tiles((p.weights.d_out + kTileRows - 1) / kTileRows),
-        lane(threadIdx.x % 32),
-        warp(threadIdx.x / 32),
-        block(block) {
-    enter_panel(0);
-    if (lane == 0) {
-      for (int s = 0; s < p.plan.stages; ++s) BufferBarrier(barriers + s).init();
-    }
-    __syncwarp();
-  }
-
-  // The warp's slice of the inputs in a panel; it may be empty.
-  __device__ __forceinline__ void slice(int panel, int& begin, int& end) const {
-    begin = min((panel * kWarps + warp) * p.plan.units_per_warp, units);
-    end = min(begin + p.plan.units_per_warp, units);
-  }
-
-  __device__ __forceinline__ void enter_panel(int next) {
-    panel = next, tile = block;
-    slice(panel, begin, end);
-    unit = begin;
-  }
-
-  __device__ __forceinline__ void copy_next() {
-    if (unit >= end) {
-      tile += p.plan.blocks, unit = begin;
-      while (tile >= tiles || begin >= end) {
-        if (panel + 1 >= p.plan.panels) {
-          unit = end, tile = tiles;
-          return;
-        }
-        enter_panel(panel + 1);
-      }
-    }
-    uint8_t* buffer = ring + fill * kBufferBytes;
-    const BufferBarrier barrier(barriers + fill);
-    const int count = min(kBatchUnits, end - unit);
-    barrier.copy_bulk(buffer, p.weights.qweight + (int64_t{tile} * units + unit) * (kUnitBytesPacked / 4),
-                      count * kUnitBytesPacked, lane);
-    Tile::copy_side(buffer + kBatchUnits * kUnitBytesPacked, p.weights, tile, unit, unit == begin, lane);
-    barrier.arrive_copies();
-    fill = fill + 1 == p.plan.stages ? 0 : fill + 1;
-    unit += kBatchUnits;
+  __device__ __forceinline__ Share(const GemvPlan& plan, int panel, int all_units, int tiles, int warp,
+                                   int batch_units) {
+    first = panel * plan.panel_units;
+    units = min(plan.panel_units, all_units - first);
+    per_tile = (units + batch_units - 1) / batch_units;
+    const int total = tiles * per_tile;
+    size = (total + kWarps - 1) / kWarps;
+    begin = min(warp * size, total);
+    end = min(begin + size, total);
+    tile = unsigned(begin) / unsigned(per_tile);
+    unit = (begin - tile * per_tile) * batch_units;
   }
 };
+
+// A warp's copies of its share, batch after batch in the order of the products.
+template <class Tile, int kBits>
+struct Stream {
+  static constexpr int kBatchUnits = Tile::kBatchUnits;
+  static constexpr int kCodeBytes = kBatchUnits * kBits * 128;
+
+  const Weights& w;
+  const uint32_t* from;  // the lane's first piece of what is copied next
+  int left;              // batches
+  int tile, unit;        // of the next; units count within the panel
+  int first, units;      // of the panel
+  bool begins;           // a segment begins with the next
+
+  __device__ __forceinline__ Stream(const Weights& w, const Share& share, int all_units, int first_tile, int lane)
+      : w(w), left(share.end - share.begin), units(share.units), first(share.first), begins(true) {
+    tile = first_tile + share.tile;
+    unit = share.unit;
+    from = w.qweight + (int64_t{tile} * all_units + first + unit) * (kBits * 32) + 4 * lane;
+  }
+
+  __device__ __forceinline__ void copy_next(uint8_t* buffer, int all_units, int lane) {
+    if (left > 0) {
+      const int count = min(kBatchUnits, units - unit);
+      constexpr int kPieces = kBatchUnits * kBits * 8 / 32;  // of 16 bytes, a lane
+      if (count == kBatchUnits) {
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) copy_streaming(buffer + 16 * lane + 512 * i, from + 128 * i);
+      } else {
+#pragma unroll 1
+        for (int i = 0; lane + 32 * i < count * kBits * 8; ++i) {
+          copy_streaming(buffer + 16 * lane + 512 * i, from + 128 * i);
+        }
+      }
+      Tile::copy_side(buffer + kCodeBytes, w, tile, first + unit, begins, lane);
+      from += count * kBits * 32;
+      unit += kBatchUnits;
+      begins = unit >= units;
+      if (begins) unit = 0, ++tile, from += int64_t{all_units - units} * (kBits * 32);
+      --left;
+    }
+    close_copies();
+  }
+};
+
+// Waits for the oldest of the batches on the way, which the warp then may read.
+__device__ __forceinline__ void wait_oldest() {
+  wait_copies<kStages - 1>();
+  __syncwarp();
+}
 
 // kRowPairs: pairs of batch rows the instance multiplies at once. emit(row, o, value) takes every output once.
 template <Format kFormat, int kBits, int kRowPairs, class Emit>
 __device__ __forceinline__ void base_gemv(const GemvParams& p, int block, uint8_t* shared, Emit emit) {
   using Tile =
       std::conditional_t<kFormat == Format::kCodebook, CodebookTile<kBits, kRowPairs>, UniformTile<kBits, kRowPairs>>;
-  constexpr int kBatchUnits = batch_units(kFormat, kBits);
-  using Stream = Stream<Tile, kBits, kBatchUnits>;
+  using Stream = Stream<Tile, kBits>;
+  constexpr int kBatchUnits = Tile::kBatchUnits;
+  constexpr int kBufferBytes = Stream::kCodeBytes + side_bytes(kFormat, kBits);
   const Weights& w = p.weights;
   const GemvPlan& plan = p.plan;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int tiles = (w.d_out + kTileRows - 1) / kTileRows;
-  const int slot_inputs = Tile::slot_size(w.group_size);
+  const int all_units = (w.d_in + kUnitInputs - 1) / kUnitInputs;
+  const int first_tile = block * plan.tiles_each + min(block, plan.tiles_more);
+  const int tiles = plan.tiles_each + (block < plan.tiles_more);
+  const int tile_sums = kTileRows * p.batch;
 
-  const int row_digits = plan.units_per_warp * kUnitBytes;  // bytes of one batch row in the warp's slice
-  uint8_t* digits = shared + warp * p.batch * row_digits;
-  float* sums = reinterpret_cast<float*>(shared + plan.x_sums + warp * p.batch * plan.units_per_warp * kUnitSumBytes);
-  uint8_t* ring = shared + plan.ring + warp * plan.stages * Stream::kBufferBytes;
+  uint8_t* digits = shared;
+  int* sums = reinterpret_cast<int*>(shared + plan.x_sums);
+  uint8_t* ring = shared + plan.ring + warp * kStages * kBufferBytes;
   float* partials = reinterpret_cast<float*>(shared + plan.partials);
   float* carry = reinterpret_cast<float*>(shared + plan.carry);
-  uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + plan.barriers) + warp * plan.stages;
+  RowFacts& facts = *reinterpret_cast<RowFacts*>(shared + plan.facts);
 
-  Stream stream(p, block, ring, barriers);
-  const uint8_t* lane_digits[kRowPairs];
-  const float* lane_sums[kRowPairs];
-#pragma unroll
-  for (int n = 0; n < kRowPairs; ++n) {
-    lane_digits[n] =
-        digits + min(2 * n + lane / 16, p.batch - 1) * row_digits + digit_offset(min(lane / 4 % 4, 2), lane % 4);
-    lane_sums[n] = sums + min(2 * n + lane % 4 / 2, p.batch - 1) * plan.units_per_warp * 4 + lane % 2 * 2;
-  }
-
-  // Weights of the norm, for the pieces that the warp's lanes will read in the first panel.
-  constexpr int kNormPieces = 4;
-  uint4 norm[kNormPieces];
-  const uint4* all_norms = static_cast<const uint4*>(p.norm);
-  if (p.norm) {
-    int begin, end;
-    stream.slice(0, begin, end);
-#pragma unroll
-    for (int n = 0; n < kNormPieces; ++n) {
-      const int piece = 8 * begin + lane + 32 * n;
-      if (piece < min(8 * end, w.d_in / 8)) norm[n] = __ldg(all_norms + piece);
-    }
-  }
-  __shared__ float scratch[kWarps];
-  float factor = 0;  // of the last row
   bool finite = true;
-  int exponent[kRowPairs];   // of the batch row 2 n + lane % 4 / 2
-  int totals[kRowPairs][2];  // of its digits: 0 and 1, or 2 in odd lanes
-  int stage = 0, parity = 0, turn = 0;
   for (int panel = 0; panel < plan.panels; ++panel) {
-    int begin, end;
-    stream.slice(panel, begin, end);
-    const bool fill = panel == 0;
-    if (fill && plan.weights_first) {
-      for (int s = 0; s < plan.stages; ++s) stream.copy_next();
+    const Share share(plan, panel, all_units, tiles, warp, kBatchUnits);
+    Stream stream(w, share, all_units, first_tile, lane);
+    const auto copy = [&](int from, int to) {
+#pragma unroll 1
+      for (int s = from; s < to; ++s) stream.copy_next(ring + s * kBufferBytes, all_units, lane);
+    };
+    // A kernel that started early waits for its activations anyhow and may fetch weights meanwhile; but the activations
+    // should not queue behind more of them than must be.
+    const int ahead = panel == 0 ? plan.ahead : 0;
+    copy(0, ahead);
+    finite = stage_panel<Tile::kPairedInputs, Tile::kSums>(
+                 p, share.first, share.units, digits, sums, facts,
+                 [&] {
+                   if (panel == 0) wait_for_last_kernel();
+                 },
+                 [&] { copy(ahead, kStages); }) &&
+             finite;
+    if (panel == 0 && p.bias && threadIdx.x < tiles * kTileRows) {  // its latency would lie bare at the end
+      const int o = first_tile * kTileRows + threadIdx.x;
+      if (o < w.d_out) prefetch(static_cast<const uint16_t*>(p.bias) + o);
     }
-    if (fill) wait_for_last_kernel();
-    for (int row = 0; row < p.batch; ++row) load_row(p.x, row, w.d_in, begin, end, digits + row * row_digits, lane);
-    if (fill && !plan.weights_first) {
-      for (int s = 0; s < plan.stages; ++s) stream.copy_next();
-    }
-    for (int row = 0; row < p.batch; ++row) {
-      if (p.norm) {
-        const int pieces = min(8 * (end - begin), w.d_in / 8 - 8 * begin);
-        const auto raw = [&](int piece) -> uint4& {
-          return *reinterpret_cast<uint4*>(digits + row * row_digits + piece / 8 * kUnitBytes + kRawOffset +
-                                           piece % 8 * 16);
-        };
-        if (plan.panels == 1) {  // all of the row is in the block's slices
-          float squares = 0;
-          for (int piece = lane; piece < pieces; piece += 32) squares += square_sum(raw(piece), p.dtype);
-          factor = norm_factor(p, squares, scratch);
-        } else if (fill || p.batch > 1) {
-          factor = norm_factor(p, row_squares(p, row), scratch);
-        }
-        for (int piece = lane, n = 0; piece < pieces; piece += 32, ++n) {
-          uint4& x = raw(piece);
-          const uint4 weight = !fill || n >= kNormPieces ? __ldg(all_norms + 8 * begin + piece)
-                               : n == 0                  ? norm[0]
-                               : n == 1                  ? norm[1]
-                               : n == 2                  ? norm[2]
-                                                         : norm[3];
-          x = normed(x, weight, factor, p.dtype);
-        }
-        __syncwarp();
-      }
-      const Slice slice = stage_row<Tile::kPairedInputs, Tile::kStepSums>(
-          p.dtype, end - begin, digits + row * row_digits, sums + row * plan.units_per_warp * 4, lane, finite);
+    // Lane 4 c + t has column c of B, digit c % 4 (0 to 2, and one unused) of batch row 2 n + c / 4; of the products
+    // lanes 4 g + t hold digits 0, 1 (even t) or 2 (odd t) of batch row 2 n + t / 2, in rows g and g + 8 of the tile.
+    const uint8_t* lane_digits[kRowPairs];
+    const int* lane_sums[kRowPairs];
 #pragma unroll
-      for (int n = 0; n < kRowPairs; ++n) {
-        if (row != 0 && row != 2 * n + lane % 4 / 2) continue;
-        exponent[n] = slice.exponent;
-        totals[n][0] = lane % 2 ? slice.totals[2] : slice.totals[0];
-        totals[n][1] = lane % 2 ? 0 : slice.totals[1];
-      }
+    for (int n = 0; n < kRowPairs; ++n) {
+      lane_digits[n] = digits + min(2 * n + lane / 16, p.batch - 1) * plan.panel_units * kUnitBytes +
+                       digit_offset(min(lane / 4 % 4, 2), lane % 4);
+      lane_sums[n] = sums + min(2 * n + lane % 4 / 2, p.batch - 1) * plan.panel_units * 4 + lane % 2 * 2;
     }
-
-    for (int tile = block; tile < tiles; tile += plan.blocks, ++turn) {
+    int stage = 0, unit = share.unit;
+#pragma unroll 1
+    for (int tile = share.tile, left = share.end - share.begin; left > 0; ++tile, unit = 0) {
       Tile sum;
-      for (int unit = begin; unit < end; unit += kBatchUnits) {
-        const uint8_t* buffer = ring + stage * Stream::kBufferBytes;
-        const uint8_t* side = buffer + kBatchUnits * Stream::kUnitBytesPacked;
+      wait_oldest();
+      sum.begin(ring + stage * kBufferBytes + Stream::kCodeBytes, lane);
+#pragma unroll 1
+      while (true) {
+        uint8_t* buffer = ring + stage * kBufferBytes;
         const uint32_t* codes = reinterpret_cast<const uint32_t*>(buffer) + lane;
-        BufferBarrier(barriers + stage).wait(parity);
-        if (unit == begin) sum.begin(side, lane);
-        const int count = min(end - unit, kBatchUnits);
-        const auto multiply = [&](int u, int parity) {
-          uint32_t words[kBits];
+        sum.multiply(
+            min(kBatchUnits, share.units - unit),
+            [&](int u, uint32_t (&words)[kBits]) {
 #pragma unroll
-          for (int i = 0; i < kBits; ++i) words[i] = codes[(u * kBits + i) * 32];
-          const int at = unit - begin + u;
-          sum.multiply(
-              words, [&](int n) { return *reinterpret_cast<const uint4*>(lane_digits[n] + at * kUnitBytes); },
-              [&](int n) { return *reinterpret_cast<const float2*>(lane_sums[n] + at * 4); }, side, u, parity,
-              u + 1 == count, slot_inputs, lane);
-        };
-        int u = 0;
-#pragma unroll 1
-        for (; u + 4 <= count; u += 4) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) multiply(u + j, j % 2);
-        }
-#pragma unroll 1
-        for (; u < count; ++u) multiply(u, u % 2);
-        if (++stage == plan.stages) stage = 0, parity ^= 1;
+              for (int i = 0; i < kBits; ++i) words[i] = codes[(u * kBits + i) * 32];
+            },
+            [&](int u, int n) { return *reinterpret_cast<const uint4*>(lane_digits[n] + (unit + u) * kUnitBytes); },
+            [&](int u, int n) { return *reinterpret_cast<const int2*>(lane_sums[n] + (unit + u) * 4); },
+            buffer + Stream::kCodeBytes, w.group_size, lane);
         __syncwarp();  // the buffer has been read: it may be filled again
-        stream.copy_next();
+        stream.copy_next(buffer, all_units, lane);
+        stage ^= 1;
+        unit += kBatchUnits;
+        if (--left == 0 || unit >= share.units) break;
+        wait_oldest();
       }
-      // Lanes 4 g + t hold digits 0, 1 (even t) or 2 (odd t) of batch row 2 n + t / 2, in rows g and g + 8 of the tile.
-      float* mine = partials + ((turn & 1) * kWarps + warp) * kTileRows * p.batch;
+      float* mine = partials + (tile + warp) * tile_sums + lane / 4;
 #pragma unroll
       for (int n = 0; n < kRowPairs; ++n) {
-        const float scale = lane % 2 ? 65536.f : 1.f;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          float v = sum.value(n, h, lane, totals[n]) * scale;
+          float v = sum.value(n, h, lane) * (lane % 2 ? 65536.f : 1.f);
           v += __shfl_xor_sync(0xffffffff, v, 1);
           const int row = 2 * n + lane % 4 / 2;
-          v *= power_of_two(-exponent[n]);
-          if (lane % 2 == 0 && row < p.batch) mine[row * kTileRows + lane / 4 + 8 * h] = v;
+          if (lane % 2 == 0 && row < p.batch) mine[row * kTileRows + 8 * h] = v;
         }
       }
-      const bool all_finite = __syncthreads_and(finite);
-      if (warp != turn % kWarps) continue;
-      const float* all = partials + (turn & 1) * kWarps * kTileRows * p.batch;
-      for (int i = lane; i < kTileRows * p.batch; i += 32) {
-        float v = 0;
-#pragma unroll
-        for (int from = 0; from < kWarps; ++from) v += all[from * kTileRows * p.batch + i];
-        float* carried = carry + int64_t{(tile - block) / plan.blocks} * kTileRows * p.batch + i;
-        if (panel > 0) v += *carried;
-        const int o = tile * kTileRows + i % kTileRows, row = i / kTileRows;
-        if (panel + 1 < plan.panels) {
-          *carried = v;
-        } else if (o < w.d_out) {
-          if (!all_finite && p.norm) {
-            v = NAN;  // a norm of numbers that are not finite leaves none
-          } else if (!all_finite) {
-            v += non_finite_terms(p.x, row, w.d_in, p.dtype, o,
-                                  [&](int o, int i) { return weight_at<kFormat, kBits>(w, o, i); });
-          }
-          emit(row, o, v);
+    }
+    __syncthreads();
+    for (unsigned i = threadIdx.x; i < tiles * tile_sums; i += kThreads) {
+      const unsigned tile = p.batch == 1 ? i / kTileRows : i / tile_sums;
+      const int row = p.batch == 1 ? 0 : i % tile_sums / kTileRows, o = (first_tile + tile) * kTileRows + i % kTileRows;
+      float v = 0;
+      for (int from = tile * unsigned(share.per_tile) / share.size; from * share.size < (tile + 1) * share.per_tile;
+           ++from) {
+        v += partials[from * tile_sums + i];
+      }
+      v *= power_of_two(-facts.exponent[row]);
+      if (panel > 0) v += carry[i];
+      if (panel + 1 < plan.panels) {
+        carry[i] = v;
+      } else if (o < w.d_out) {
+        if (!finite && p.norm) {
+          v = NAN;  // a norm of numbers that are not finite leaves none
+        } else if (!finite) {
+          v += non_finite_terms(p.x, row, w.d_in, p.dtype, o,
+                                [&](int o, int i) { return weight_at<kFormat, kBits>(w, o, i); });
         }
+        emit(row, o, v);
       }
     }
   }

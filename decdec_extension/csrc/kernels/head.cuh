@@ -7,6 +7,8 @@
 
 namespace decdec::cuda {
 
+constexpr int kHeadWarps = 8;    // of a block
+constexpr int kHeadThreads = 32 * kHeadWarps;
 constexpr int kHeadRows = 2;     // that a warp multiplies at once, with the same inputs
 constexpr int kHeadUnroll = 4;   // 16-byte loads of each row on the way
 
@@ -23,13 +25,13 @@ __device__ __forceinline__ void unpack_bytes(const uint4& v, float (&to)[16]) {
 
 // Dynamic shared memory: `width` floats.
 template <Dtype kDtype, bool kBytes>
-__global__ void __launch_bounds__(kThreads) head_kernel(const __grid_constant__ HeadParams p) {
+__global__ void __launch_bounds__(kHeadThreads) head_kernel(const __grid_constant__ HeadParams p) {
   extern __shared__ __align__(16) float4 pieces[];  // piece q of load i at q * loads + i: no bank conflicts
   constexpr int kEach = kBytes ? 16 : 8;            // weights of a load
   const int loads = p.width / kEach;
   allow_next_kernel();
   wait_for_last_kernel();
-  for (int i = threadIdx.x; i < p.width / 8; i += kThreads) {
+  for (int i = threadIdx.x; i < p.width / 8; i += kHeadThreads) {
     float v[8];
     unpack<kDtype>(static_cast<const uint4*>(p.x)[i], v);
     constexpr int kPerLoad = kEach / 8;
@@ -38,8 +40,8 @@ __global__ void __launch_bounds__(kThreads) head_kernel(const __grid_constant__ 
   }
   __syncthreads();
   const int lane = threadIdx.x % 32;
-  const int stride = gridDim.x * kWarps * kHeadRows;
-  for (int row = (blockIdx.x * kWarps + threadIdx.x / 32) * kHeadRows; row < p.rows; row += stride) {
+  const int stride = gridDim.x * kHeadWarps * kHeadRows;
+  for (int row = (blockIdx.x * kHeadWarps + threadIdx.x / 32) * kHeadRows; row < p.rows; row += stride) {
     const uint4* weights[kHeadRows];
 #pragma unroll
     for (int r = 0; r < kHeadRows; ++r) {

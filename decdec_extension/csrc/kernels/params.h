@@ -13,20 +13,25 @@ constexpr int kTileRows = 16;
 constexpr int kUnitInputs = 64;
 constexpr int kChunk = 1024;
 constexpr int kBuckets = 32;
-constexpr int kWarps = 8;  // of every block of the GEMV kernels
+constexpr int kWarps = 12;  // of every block of the GEMV kernels
 constexpr int kThreads = 32 * kWarps;
 
-// Units a warp copies and multiplies at a time: eight amortise the copies better, but of wider data they leave too
-// little shared memory for the activations of a long row.
-constexpr int batch_units(Format format, int bits) { return format == Format::kCodebook && bits <= 3 ? 8 : 4; }
+// Units that a warp copies and multiplies at a time, a batch: eight amortise the copies better; of uniform weights,
+// which come with their scales, four leave the next kernel's blocks room.
+constexpr int batch_units(Format format) { return format == Format::kUniform ? 4 : 8; }
 
-// Bytes of a buffer's side data: a row tile's codebook and scales, or the scales and zero points of a batch of units.
+constexpr int kStages = 2;  // weight buffers of a warp: more only delay what queues behind them
+
+// Bytes of a buffer's side data: a row tile's codebook and scales, or the scales and zero points of a batch.
 constexpr int side_bytes(Format format, int bits) {
   return format == Format::kCodebook ? kTileRows * ((2 << bits) + 4)
-                                     : batch_units(format, bits) * kUnitInputs / 32 * 4 * kTileRows;
+                                     : batch_units(format) * kUnitInputs / 32 * 4 * kTileRows;
 }
+// Whether the products need sums of the activations' digits.
+constexpr bool needs_sums(Format format, int bits) { return format == Format::kUniform || bits == 4; }
 constexpr int kUnitBytes = 192;           // of the activations' digits of a unit of one batch row (activations.cuh)
 constexpr int kUnitSumBytes = 16;         // and of their sums
+constexpr int kFactBytes = 4 * kMaxBatch * (2 + kWarps);  // of RowFacts
 constexpr int kSumStride = kThreads + 1;  // of a fetching block's sums: neighbouring outputs lie in different banks
 constexpr int kMaxFetchBlocks = 4096;     // more have no slice of their own
 constexpr int kMaxValues = 8192;          // of selected channels that a fetching block keeps; more are read again
@@ -51,25 +56,27 @@ struct Weights {
   const uint16_t* scales;   // float16 (groups, d_out), uniform weights
   const uint16_t* zeros;
   int group_size;
+  int group_shift;  // its logarithm, or -1 if it is no power of two
   int d_out;
   int d_in;
 };
 
 // How a launch is cut; made by plan_gemv, the same numbers for host and device.
 struct GemvPlan {
-  int blocks;          // base blocks: row tile b, b + blocks, ... belong to block b
-  int panels;          // the inputs are multiplied panel by panel, so that a panel's activations fit in shared memory
-  int units_per_warp;  // inputs of a warp in one panel, in units of 64
-  int stages;          // weight buffers of a warp
-  int early;           // 1: launched so that it may start before the kernel ahead of it has ended
-  int weights_first;   // 1: the first weights are copied before the activations
-  int generic;         // uniform weights whose groups the tensor-core path does not serve
+  int blocks;       // base blocks, each with its run of row tiles:
+  int tiles_each;   // so many,
+  int tiles_more;   // the first so many blocks one more
+  int panels;       // the inputs are multiplied panel by panel, so that a panel's activations fit in shared memory
+  int panel_units;  // inputs of a panel, in units of 64
+  int ahead;        // weight buffers of a warp that are filled before the kernel ahead has ended
+  int early;        // 1: launched so that it may start before the kernel ahead of it has ended
+  int generic;      // uniform weights whose groups the tensor-core path does not serve
   // Offsets in dynamic shared memory, bytes.
   int x_sums;
   int ring;
   int partials;
   int carry;
-  int barriers;
+  int facts;  // RowFacts (activations.cuh)
   int bytes;
 };
 

@@ -75,6 +75,9 @@ __device__ __forceinline__ void load_streaming(uint32_t (&d)[kWords], const void
   }
 }
 
+// Brings a line of global memory into the first-level cache.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
+
 // A kernel launched with programmatic serialization may start before the one ahead of it in the stream has ended: it
 // must wait before it reads what that one wrote, or writes what that one reads. Weights are constant and need no
 // waiting.
@@ -87,6 +90,13 @@ __device__ __forceinline__ void wait_for_last_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// An asynchronous copy of 16 bytes that are read once, past the L1 cache.
+__device__ __forceinline__ void copy_streaming(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
 }
 
 // Asynchronous copies of 4, 8 or 16 bytes into shared memory; with `wanted` false the bytes become 0 and nothing is
@@ -105,61 +115,5 @@ template <int kNewest>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
 }
-
-// The barrier of one of a warp's buffers. A phase ends when the bytes of one copy_bulk and all copies that the warp's
-// lanes made before their arrive_copies are there.
-struct BufferBarrier {
-  uint32_t address;
-
-  __device__ explicit BufferBarrier(const uint64_t* barrier) : address(__cvta_generic_to_shared(barrier)) {}
-
-  // By one lane, before any copy; the warp synchronises afterwards.
-  __device__ void init() const {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.init.shared.b64 [%0], 33;" ::"r"(address) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#else
-    asm volatile("mbarrier.init.shared.b64 [%0], 32;" ::"r"(address) : "memory");
-#endif
-  }
-
-  // By the whole warp: `bytes`, a multiple of 16. From Hopper on the bulk copy engine takes them.
-  __device__ void copy_bulk(void* shared, const void* global, uint32_t bytes, int lane) const {
-    const uint32_t to = __cvta_generic_to_shared(shared);
-#if __CUDA_ARCH__ >= 900
-    if (lane == 0) {
-      asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                   "l"(global), "r"(bytes), "r"(address)
-                   : "memory");
-    }
-#else
-    for (uint32_t i = 16 * lane; i < bytes; i += 16 * 32) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i), "l"(static_cast<const char*>(global) + i)
-                   : "memory");
-    }
-#endif
-  }
-
-  __device__ void arrive_copies() const {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address) : "memory");
-  }
-
-  __device__ void wait(uint32_t parity) const {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-#if __CUDA_ARCH__ >= 900
-        "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-#else
-        "mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
-#endif
-        "@!done bra again;\n"
-        "}\n" ::"r"(address),
-        "r"(parity)
-        : "memory");
-  }
-};
 
 }  // namespace decdec::cuda

@@ -86,10 +86,10 @@ __device__ __forceinline__ float row_factor(const Compensation& c, uint16_t bits
   return c.row_scale ? value * __ldg(c.row_scale + channel) : value;
 }
 
-// channel(i, factor) is the i-th of `selected` channels, ascending in each chunk, or negative; emit.put(outputs, values)
+// channel(i, factor) is the i-th of `selected` channels, ascending in each chunk, or negative. emit.put(outputs, values)
 // takes every output of the slice once, kEmitted at a time, negative ones being none; emit.expect(outputs) announces
-// them. `sums`: 32 * kSumStride floats of shared memory. Called by the whole block. kGrouped: each group of channels
-// has scales of its own, so that they enter the sums of a group's rows instead of those of all.
+// them, emit.finish() ends. `sums`: 32 * kSumStride floats of shared memory. Called by the whole block. kGrouped: each
+// group of channels has scales of its own, so that they enter the sums of a group's rows instead of those of all.
 template <int kBits, bool kGrouped, class Channel, class Emit>
 __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, int selected, int slice, int slices,
                                               float* sums, Channel channel, Emit&& emit) {
@@ -212,6 +212,7 @@ __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, 
       }
       emit.put(outputs, value);
     }
+    emit.finish();  // what is still open would take registers from the next sums
     __syncthreads();  // the sums have been read
   }
 }

@@ -56,6 +56,7 @@ struct Stores {
       if (outputs[n] >= 0) store_element(out, first + outputs[n], dtype, values[n]);
     }
   }
+  __device__ __forceinline__ void finish() {}
 };
 
 // (batch, d_out) of given channels; block x of a row has a slice of the outputs. Indices outside 0..d_in-1 are skipped.

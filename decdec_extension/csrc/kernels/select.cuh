@@ -50,7 +50,8 @@ struct WideKeys {
 // comparison holds for, is none. Pair: __half2 or __nv_bfloat162.
 template <class Pair>
 struct PackedKeys {
-  static constexpr uint32_t kOne = std::is_same_v<Pair, __half2> ? 0x3c00 : 0x3f80;
+  static constexpr uint32_t kInfinity = std::is_same_v<Pair, __half2> ? 0x7c00 : 0x7f80;
+  static constexpr uint32_t kUnit = std::is_same_v<Pair, __half2> ? 0x6400 : 0x4300;  // 1024 or 128
   Pair keys[kLaneChannels / 2];
 
   __device__ __forceinline__ static Pair pair(uint32_t bits) { return *reinterpret_cast<const Pair*>(&bits); }
@@ -60,16 +61,17 @@ struct PackedKeys {
     Pair most = keys[0];  // NaN only if both are
 #pragma unroll
     for (int i = 1; i < kLaneChannels / 2; ++i) most = __hmax2(most, keys[i]);
-    const int low = bits(most) & 0xffff, high = bits(most) >> 16, infinity = kOne == 0x3c00 ? 0x7c00 : 0x7f80;
+    const int low = bits(most) & 0xffff, high = bits(most) >> 16, infinity = kInfinity;
     return max(low < infinity ? low : -1, high < infinity ? high : -1);
   }
   __device__ __forceinline__ int count_at_least(int bound) const {
-    const Pair bounds = pair(bound * 0x10001u);
-    Pair counts[2] = {pair(0), pair(0)};
+    // Counted from the number whose last bit is worth one, so that the counts are the low bits of the sums.
+    const Pair bounds = pair(bound * 0x10001u), start = pair(kUnit * 0x10001u);
+    Pair counts[4] = {start, pair(0), pair(0), pair(0)};
 #pragma unroll
-    for (int i = 0; i < kLaneChannels / 2; ++i) counts[i % 2] = __hadd2(counts[i % 2], __hge2(keys[i], bounds));
-    const Pair count = __hadd2(counts[0], counts[1]);
-    return int(float(count.x) + float(count.y));
+    for (int i = 0; i < kLaneChannels / 2; ++i) counts[i % 4] = __hadd2(counts[i % 4], __hge2(keys[i], bounds));
+    const uint32_t sum = bits(__hadd2(__hadd2(counts[0], counts[1]), __hadd2(counts[2], counts[3])));
+    return (sum & 63) + (sum >> 16 & 63);
   }
   template <bool kEqual>
   __device__ __forceinline__ uint32_t mask(int bound) const {
@@ -98,15 +100,27 @@ __device__ __forceinline__ int channel_key(float v, const Compensation& c) {
   return kBuckets - 1 - low;
 }
 
+// The sums of the lanes' counts, at most 32 each, of the lanes before and of all.
+__device__ __forceinline__ void count_before(int count, int& before, int& all) {
+  const uint32_t lower = (1u << threadIdx.x % 32) - 1;
+  before = all = 0;
+#pragma unroll
+  for (int bit = 0; bit < 6; ++bit) {
+    const uint32_t lanes = __ballot_sync(0xffffffff, count >> bit & 1);
+    before += __popc(lanes & lower) << bit;
+    all += __popc(lanes) << bit;
+  }
+}
+
 // Bit i of the result: whether channel start + 32 lane + i is selected. `count` channels are, or all finite ones if
 // fewer. `octave`: by how much keys of numbers differ that differ by a factor of 2, or 0.
 template <class Keys>
 __device__ __forceinline__ uint32_t select_chunk(const Keys& keys, int count, int octave) {
   const int largest = __reduce_max_sync(0xffffffff, keys.largest());
-  const int finite = __reduce_add_sync(0xffffffff, keys.count_at_least(0));
-  int low = 0, high = largest + 1;  // at least `count` keys reach low, fewer reach high
+  // At least `count` keys reach low, or low is 0, and fewer reach high.
+  int low = 0, high = largest + 1;
   int at_high = 0;                  // how many reach high
-  bool met = finite <= count;
+  bool met = false;
   // The first guess is an octave below the largest, where few of many normally distributed numbers are left.
   int middle = octave && largest > octave ? largest - octave : high / 2;
 #pragma unroll 1
@@ -121,14 +135,9 @@ __device__ __forceinline__ uint32_t select_chunk(const Keys& keys, int count, in
   if (met) return chosen;
   uint32_t tied = keys.template mask<true>(low);
   // Of the keys equal to the count-th largest, those of the lowest channels.
-  const int lane = threadIdx.x % 32;
-  int before = __popc(tied);
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int below = __shfl_up_sync(0xffffffff, before, step);
-    if (lane >= step) before += below;
-  }
-  int room = count - at_high - (before - __popc(tied));
+  int before, all;
+  count_before(__popc(tied), before, all);
+  int room = count - at_high - before;
   for (; room > 0 && tied; --room, tied &= tied - 1) chosen |= tied & -tied;
   return chosen;
 }
@@ -137,7 +146,7 @@ template <class Pair>
 __device__ __forceinline__ uint32_t select_packed(const uint4 (&raw)[kLaneChannels / 8], int count, int octave) {
   PackedKeys<Pair> keys;
   const uint32_t* words = &raw[0].x;
-  const uint32_t infinity = std::is_same_v<Pair, __half2> ? 0x7c00 : 0x7f80;
+  constexpr uint32_t infinity = PackedKeys<Pair>::kInfinity;
 #pragma unroll
   for (int i = 0; i < kLaneChannels / 2; ++i) {
     const uint32_t magnitudes = words[i] & 0x7fff7fff;
@@ -153,14 +162,8 @@ __device__ __forceinline__ uint32_t select_packed(const uint4 (&raw)[kLaneChanne
 template <class Write>
 __device__ inline void write_selected(uint32_t chosen, int count, int start, const uint16_t* x, Write write) {
   const int lane = threadIdx.x % 32;
-  int place = __popc(chosen);
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int below = __shfl_up_sync(0xffffffff, place, step);
-    if (lane >= step) place += below;
-  }
-  const int total = __shfl_sync(0xffffffff, place, 31);
-  place -= __popc(chosen);
+  int place, total;
+  count_before(__popc(chosen), place, total);
   for (; chosen; chosen &= chosen - 1) {
     const int i = lane * kLaneChannels + __ffs(chosen) - 1;
     write(place++, start + i, x[i]);

@@ -7,10 +7,13 @@
 
 namespace decdec::cuda {
 
-template <Format kFormat, int kBits, int kRowPairs>
-void launch_gemv_rows(const GemvParams& params, int shared_bytes, cudaStream_t stream) {
-  const auto kernel = gemv_kernel<kFormat, kBits, kRowPairs>;
+template <Format kFormat, int kBits, int kRowPairs, bool kCompensated>
+void launch_gemv_kernel(const GemvParams& params, int shared_bytes, cudaStream_t stream) {
+  const auto kernel = gemv_kernel<kFormat, kBits, kRowPairs, kCompensated>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+        "shared memory of the GEMV");
+  // All of it as shared memory, so that blocks of two kernels fit, and never another split between two kernels.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
         "shared memory of the GEMV");
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -23,6 +26,15 @@ void launch_gemv_rows(const GemvParams& params, int shared_bytes, cudaStream_t s
   config.attrs = &early;
   config.numAttrs = params.plan.early ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, params), "launch of the GEMV");
+}
+
+template <Format kFormat, int kBits, int kRowPairs>
+void launch_gemv_rows(const GemvParams& params, int shared_bytes, cudaStream_t stream) {
+  if (params.compensation.n_tb > 0) {
+    launch_gemv_kernel<kFormat, kBits, kRowPairs, true>(params, shared_bytes, stream);
+  } else {
+    launch_gemv_kernel<kFormat, kBits, kRowPairs, false>(params, shared_bytes, stream);
+  }
 }
 
 // One width of one format: adding one is a line here, a line in dispatch.cu and a file.

@@ -12,11 +12,11 @@ namespace {
 template <Dtype kDtype, bool kBytes>
 void launch(const HeadParams& p, cudaStream_t stream) {
   constexpr int kBlocksPerSm = 4;
-  const int bytes = p.width * 4, rows = kWarps * kHeadRows;
+  const int bytes = p.width * 4, rows = kHeadWarps * kHeadRows;
   const auto kernel = head_kernel<kDtype, kBytes>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory of the head");
   const int blocks = std::min((p.rows + rows - 1) / rows, kBlocksPerSm * current_device().sms);
-  launch_early(kernel, blocks, kThreads, bytes, p, stream, "launch of the head");
+  launch_early(kernel, blocks, kHeadThreads, bytes, p, stream, "launch of the head");
 }
 
 }  // namespace

@@ -7,64 +7,62 @@ namespace decdec::cuda {
 
 namespace {
 
-constexpr int kMaxBlocksPerSm = 2;  // as the kernel's registers allow
-constexpr int kReserved = 1024;     // bytes of shared memory a block that the driver keeps
-// Batches of weights on the way, as many as keep the memory busy: more only delay what queues behind them. With 7
-// batches of four units 3-bit 4096x28672 took 28 us, with 3 20 us (H100, 2026-11-22). Scales that come with every batch
-// count as well.
-constexpr int stages_of(Format format, int bits) {
-  return format == Format::kCodebook && batch_units(format, bits) == 4 ? 3 : 2;
-}
+constexpr int kReserved = 1024;      // bytes of shared memory a block that the driver keeps
+constexpr int kMaxPartials = 16384;  // bytes of the sums of a block's segments
+// From so many row tiles an SM on it takes two base blocks: there latency counts more than that the next kernel's
+// blocks find room (H100, 3 bits: 4096x28672, 13.6 tiles, 18.1 us instead of 19.7; 4096x6144, 2.9 tiles, 6.9 instead of
+// 6.4). Kernels that compensate have registers for one block (fused.cuh).
+constexpr int kManyTiles = 8;
+// Batches that a warp copies before the kernel ahead has ended: behind a second one the activations come later (H200, 3
+// bits: 4096x6144 6.6 us instead of 6.0).
+constexpr int kAhead = 1;
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-// Fits the work into blocks of at most `budget` bytes of shared memory; false if it cannot be.
-bool fit(GemvPlan& plan, int budget, Format format, int bits, const Weights& weights, int batch) {
+// Fits the work into blocks of at most `budget` bytes of shared memory and at most `max_panels` panels; false if it
+// cannot be.
+bool fit(GemvPlan& plan, int budget, Format format, int bits, const Weights& weights, int batch, int max_panels) {
   const int units = ceil_div(weights.d_in, kUnitInputs), tiles = ceil_div(weights.d_out, kTileRows);
-  const bool uniform = format == Format::kUniform;
-  const int align = uniform ? 2 : 1;  // a batch of units begins where a pair of units does: scales are read in pairs
-  const int buffer_bytes = batch_units(format, bits) * bits * 128 + side_bytes(format, bits);
-  const int stage_bytes = kWarps * (buffer_bytes + 8);  // with its barrier
-  const int unit_bytes = kWarps * batch * (kUnitBytes + (uniform ? kUnitSumBytes : 0));
-  const int partial_bytes = 2 * kWarps * kTileRows * batch * 4;
-  const int whole = round_up(ceil_div(units, kWarps), align);
-  for (int panels = 1;; ++panels) {
-    plan.units_per_warp = round_up(ceil_div(whole, panels), align);
-    plan.panels = ceil_div(units, kWarps * plan.units_per_warp);
-    const int carry_bytes = plan.panels == 1 ? 0 : ceil_div(tiles, plan.blocks) * kTileRows * batch * 4;
-    const int rest = budget - plan.units_per_warp * unit_bytes - partial_bytes - carry_bytes;
-    plan.stages = std::min(rest / stage_bytes, stages_of(format, bits));
-    if (plan.stages < 2) {
-      if (plan.units_per_warp > align) continue;
-      return false;
-    }
-    plan.x_sums = kWarps * batch * plan.units_per_warp * kUnitBytes;
-    plan.ring = plan.units_per_warp * unit_bytes;
-    plan.partials = plan.ring + plan.stages * kWarps * buffer_bytes;
+  const int unit_batch = batch_units(format);
+  const int ring_bytes = kStages * kWarps * (unit_batch * bits * 128 + side_bytes(format, bits));
+  const int unit_bytes = batch * (kUnitBytes + (needs_sums(format, bits) ? kUnitSumBytes : 0));
+  const int block_tiles = ceil_div(tiles, plan.blocks), tile_bytes = kTileRows * batch * 4;
+  const int partial_bytes = (block_tiles + kWarps - 1) * tile_bytes;
+  for (int panels = 1; panels <= max_panels; ++panels) {
+    plan.panel_units = round_up(ceil_div(units, panels), unit_batch);
+    plan.panels = ceil_div(units, plan.panel_units);
+    const int carry_bytes = plan.panels == 1 ? 0 : block_tiles * tile_bytes;
+    plan.x_sums = batch * plan.panel_units * kUnitBytes;
+    plan.ring = plan.panel_units * unit_bytes;
+    plan.partials = plan.ring + ring_bytes;
     plan.carry = plan.partials + partial_bytes;
-    plan.barriers = plan.carry + carry_bytes;
-    plan.bytes = plan.barriers + plan.stages * kWarps * 8;
-    return true;
+    plan.facts = plan.carry + carry_bytes;
+    plan.bytes = plan.facts + kFactBytes;
+    if (plan.bytes <= budget) return true;
   }
+  return false;
 }
 
 }  // namespace
 
 GemvPlan plan_gemv(const Device& device, Format format, int bits, const Weights& weights, int batch, int n_tb) {
-  const int tiles = ceil_div(weights.d_out, kTileRows);
+  const int units = ceil_div(weights.d_in, kUnitInputs), tiles = ceil_div(weights.d_out, kTileRows);
+  const int most_tiles = std::max(kMaxPartials / (kTileRows * batch * 4) - kWarps + 1, 1);  // of a block
   GemvPlan plan{};
   plan.generic = format == Format::kUniform && (weights.group_size % 32 != 0 || weights.d_out % 2 != 0);
   plan.early = device.early_launch;
-  for (int resident = kMaxBlocksPerSm; resident > 0; --resident) {
-    const int budget = std::min(device.shared_per_sm / resident - kReserved, device.shared_per_block);
-    plan.blocks = std::max(std::min(resident * device.sms - n_tb, tiles), 1);
-    // A kernel that started early waits for its activations anyhow and may fetch weights meanwhile. But behind those
-    // the activations come late, which costs more where a block has one row tile only (H100, 3 bits: 4096x6144 6.9 us
-    // instead of 7.6, but 4096x4096 5.7 instead of 5.3).
-    plan.weights_first = plan.early && tiles > plan.blocks;
-    if (fit(plan, budget, format, bits, weights, batch)) return plan;
-  }
+  const auto cut = [&](int blocks_per_sm, int shared_blocks, int max_panels) {
+    plan.blocks = std::clamp(blocks_per_sm * device.sms - n_tb, std::max(1, ceil_div(tiles, most_tiles)), tiles);
+    plan.tiles_each = tiles / plan.blocks;
+    plan.tiles_more = tiles % plan.blocks;
+    plan.ahead = plan.early ? kAhead : 0;
+    const int budget = std::min(device.shared_per_sm / shared_blocks - kReserved, device.shared_per_block);
+    return fit(plan, budget, format, bits, weights, batch, max_panels);
+  };
+  if (n_tb == 0 && tiles >= kManyTiles * device.sms && batch <= 2 && cut(2, 2, 1)) return plan;
+  // Half an SM's shared memory where it suffices, so that the next kernel's blocks find room while this one's run.
+  if (cut(1, 2, 1) || cut(1, 1, units)) return plan;
   throw std::runtime_error("decdec: the device has too little shared memory for this layer and batch");
 }
 

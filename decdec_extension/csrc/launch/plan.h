@@ -14,8 +14,8 @@ struct Device {
   bool early_launch;     // programmatic serialization: from Hopper on
 };
 
-// Two blocks an SM where their shared memory suffices. `batch` rows, n_tb blocks for compensation (0: none). Throws
-// std::runtime_error where nothing fits.
+// A base block an SM, less the n_tb blocks that compensate (0: none), or two where each gets many row tiles. `batch`
+// rows. Throws std::runtime_error where nothing fits.
 GemvPlan plan_gemv(const Device& device, Format format, int bits, const Weights& weights, int batch, int n_tb);
 
 }  // namespace decdec::cuda
