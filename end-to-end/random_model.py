@@ -50,13 +50,16 @@ def random_model(config: LlamaConfig, bits: float, form: str, dtype: torch.dtype
 
 
 def _random_packed(key: str, empty: Tensor, bits: int, device: torch.device) -> Tensor:
-    """One of a layer's packed tensors, its weights about 0.02 wide."""
+    """One of a layer's packed tensors, its weights about 0.02 wide and 0 in the mean.
+
+    A mean that all weights share would grow from block to block until activations overflow, and those take a slow path.
+    """
     made = torch.empty(empty.shape, dtype=empty.dtype, device=device)
     if key == "qweight":
         return made.random_(-2**31, 2**31 - 1)
     if key == "codebook":
         return made.random_(-2**15 + 1, 2**15 - 1)
-    return made.fill_({"scale": 0.02 / 2**14, "scales": 0.02 / 2 ** (bits - 2), "zeros": 2 ** (bits - 1)}[key])
+    return made.fill_({"scale": 0.02 / 2**14, "scales": 0.02 / 2 ** (bits - 2), "zeros": (2**bits - 1) / 2}[key])
 
 
 def give_residuals(decoder: Decoder, where: str = "host") -> None:
