@@ -26,6 +26,12 @@ def refused(result: subprocess.CompletedProcess) -> str:
     return lines[0]
 
 
+def poison_shared_memory(dtype: torch.dtype = torch.float16) -> None:
+    """Leave NaN in the shared memory of the GPU's SMs, where the next kernel finds it unless it writes first."""
+    filled = torch.full((2048, 2048), torch.nan, device="cuda", dtype=dtype)
+    filled @ filled
+
+
 def quick_folder(model, folder: str | Path, form: str = "codebook", bits: int = 3, residual_bits: int = 4,
                  nested: bool = False, group_size: int = 32) -> Path:
     """Write a Hugging Face causal LM as a DecDEC folder: rounded to nearest, with residuals and made-up thresholds."""

@@ -1,9 +1,10 @@
 """The CUDA ops against the fp32 reference and float64 products, and against the CPU ops, over random and awkward cases.
 
-Outputs are poisoned: the allocator's free memory is filled with NaN before each call, the workspace must be all zero
-after it.
+Outputs are poisoned: the allocator's free memory and the SMs' shared memory are filled with NaN before each call, the
+workspace must be all zero after it.
 ``DECDEC_CASES`` sets the number of random cases, ``DECDEC_SEED`` where they start, ``DECDEC_YARDSTICK`` the device of the
-products that results are measured by (compute-sanitizer's racecheck fails inside cuBLAS).
+products that results are measured by; on the CPU shared memory is not filled either (compute-sanitizer's racecheck
+fails inside cuBLAS).
 """
 
 import os
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from decdec import ops, reference
+from decdec.testing import poison_shared_memory
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and torch.ops.decdec.has_cuda()), reason="needs a CUDA GPU"
@@ -30,7 +32,9 @@ def cuda(value):
 
 
 def poison(elements=1 << 20):
-    """Leave NaN in the memory that the next outputs are made of."""
+    """Leave NaN in the memory that the next outputs are made of, and in shared memory."""
+    if YARDSTICK == "cuda":
+        poison_shared_memory()
     blocks = [torch.full((size,), torch.nan, device="cuda") for size in (64, 4096, elements)]
     del blocks
 

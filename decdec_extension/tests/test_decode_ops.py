@@ -8,6 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from decdec import decode_ops as ops
 from decdec import ops as gemv
 from decdec import reference
+from decdec.testing import poison_shared_memory
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = [pytest.param("cpu", torch.float32), pytest.param("cuda", torch.float16, marks=gpu),
@@ -17,7 +18,7 @@ SHAPES = [(4, 4, 64, 64, 0, False, (1, 2, 64, 65, 300)),
           (8, 2, 128, 128, 0, False, (1, 63, 64, 65, 128, 129, 200, 255, 1999)),
           (14, 2, 128, 128, 0, True, (5, 700)), (9, 3, 64, 64, 100, False, (99, 100, 101, 500)),
           (4, 4, 96, 48, 0, False, (7, 130)), (2, 1, 16, 16, 3, True, (2, 9)), (8, 1, 256, 256, 0, False, (3, 1000)),
-          (24, 2, 80, 40, 0, False, (333,))]
+          (24, 2, 80, 40, 0, False, (333,)), (8, 8, 32, 32, 0, False, (111, 118, 130))]
 
 
 def tolerance(dtype):
@@ -61,6 +62,8 @@ def test_attend(shape, device, dtype):
         want, key = attention(qkv, live - 1, keys, values, row, 1.1, 0.2, window, norms)
         before = keys.clone(), values.clone()
         bound = max(live, 200) if live % 2 else 0  # one way or the other
+        if device == "cuda":
+            poison_shared_memory(dtype)
         got = ops.attend(qkv, at, keys, values, frequencies, 1.1, 64, 0.2, window, *norms, 1e-6, bound, workspace)
         assert_close(got.double(), want, **tolerance(dtype))
         assert_close(keys[:, live - 1].double(), key, **tolerance(dtype))

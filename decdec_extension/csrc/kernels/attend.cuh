@@ -147,7 +147,8 @@ __global__ void __launch_bounds__(kAttendThreads, kHeads <= 4 ? 2 : 1)
     const int64_t now = start;
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      if (now + u * kStride == live - 1 && reads) {
+      // Not where another block has it: these would be whatever lay there, and even weighed with 0 a NaN stays one.
+      if (now + u * kStride == live - 1 && end == live && reads) {
         k[u] = *reinterpret_cast<const uint4*>(new_key + 8 * piece);
         v[u] = *reinterpret_cast<const uint4*>(new_value + 8 * piece);
       }
