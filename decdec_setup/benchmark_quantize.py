@@ -14,10 +14,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from decdec.errors import UserError, run
 from decdec.files import append_row, write_json
@@ -26,6 +26,7 @@ from decdec.tiny import save_tokenizer
 
 import squeezellm
 from cheatsheet import make_cheatsheet
+from parts import stream_tensors
 from quantize import METHODS, quantize
 from thresholds import make_thresholds
 
@@ -36,7 +37,8 @@ MODELS = NAMED | {"tiny": (256, 512, 2, 1, 4, 512)}
 def write_model(folder: Path, name: str, blocks: int) -> int:
     """Write a Llama of that shape with ``blocks`` blocks of random float16 weights, a file a block; returns a block's bytes.
 
-    Blocks that lie in ``folder`` already, of a smaller model, are kept.
+    Files that lie in ``folder`` already, of another number of blocks, are kept. All matrices come from one row of random values, each
+    from a place of its own, so that no two are alike: drawing and copying as many as a large model has would take longer than a step.
     """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -51,20 +53,22 @@ def write_model(folder: Path, name: str, blocks: int) -> int:
         parts = key.split(".")
         files.setdefault(f"block-{int(parts[2]):02d}.safetensors" if parts[1] == "layers" else "rest.safetensors", []).append(key)
     folder.mkdir(exist_ok=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for file, keys in files.items():
-        if not (folder / file).exists():
-            save_file({key: _random(state[key].shape, device) for key in keys}, folder / file, metadata={"format": "pt"})
+    missing = {file: keys for file, keys in files.items() if not (folder / file).exists()}
+    if missing:
+        sizes = [tensor.numel() for tensor in state.values()]
+        values = torch.randn(max(sizes) + len(sizes), device="cuda" if torch.cuda.is_available() else "cpu", dtype=torch.float16)
+        values = values.mul_(0.02).cpu()
+        places = {key: place for place, key in enumerate(state)}
+    for file, keys in missing.items():
+        stream_tensors(folder / file, {key: partial(_weight, state[key].shape, values[places[key]:]) for key in keys})
     write_json(folder / "model.safetensors.index.json", {"weight_map": {key: file for file, keys in files.items() for key in keys}})
     config.save_pretrained(folder)
     save_tokenizer(folder)
     return (folder / "block-00.safetensors").stat().st_size
 
 
-def _random(shape: torch.Size, device: str) -> torch.Tensor:
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.float16)
-    return torch.randn(shape, device=device, dtype=torch.float16).mul_(0.02).cpu()
+def _weight(shape: torch.Size, values: torch.Tensor) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.float16) if len(shape) == 1 else values[:shape.numel()].view(shape)
 
 
 class PeakMemory:

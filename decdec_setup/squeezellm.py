@@ -17,7 +17,7 @@ from tqdm import tqdm
 from decdec.errors import UserError
 from decdec.packing import pack_codebook, pack_codes
 
-from blocks import BlockRunner, block_linears, in_turn
+from blocks import BlockRunner, block_linears, in_float32, in_turn
 
 CELLS = 96  # cells of the coarse grid: rows with no more distinct places than this are solved exactly
 ROWS_AT_ONCE = 128  # keeps the cost table of a chunk, ROWS_AT_ONCE * CELLS**2 floats, in a CPU's cache
@@ -57,7 +57,7 @@ def _prepared(runner: BlockRunner, bits: Sequence[int],
         hooks = [module.register_forward_hook(_fisher_hook(fisher[name])) for name, module in linears.items()] \
             if index in todo else []
         for i, state in enumerate(kept.pop(index)):
-            state = state.to(runner.device, torch.float32).requires_grad_()
+            state = in_float32(state, runner.device).requires_grad_()
             output = runner.call(index, block, state)
             output.backward(gradients[i].to(output.device))
             gradients[i] = state.grad
@@ -87,7 +87,7 @@ def _pack_block(index: int, linears: dict[str, nn.Linear], fisher: dict[str, Ten
 
 def _loss_gradient(runner: BlockRunner, hidden: Tensor, sample: Tensor) -> Tensor:
     """Gradient of the sample's summed next-token loss at the last block's output, float32."""
-    hidden = hidden.to(runner.device, torch.float32).requires_grad_()
+    hidden = in_float32(hidden, runner.device).requires_grad_()
     logits = runner.logits(hidden, sample)
     F.cross_entropy(logits[:-1].float(), sample[1:].to(logits.device), reduction="sum").backward()
     return hidden.grad
