@@ -1,9 +1,9 @@
 """Times the setup stage on random weights of a known model's shape, and its memory; two sizes are run, the whole is scaled.
 
 The time does not depend on the values. A model of each number of blocks of --blocks is written to --scratch, and every step does
-its whole work on both: what the second takes more is a block's share, the rest comes once. With one number, that of the whole model,
-nothing is scaled. One JSON line a step is printed and appended to --out: seconds, peak bytes of the process (what it mapped of
-files counted in) and of the GPU.
+its whole work on both: what the second takes more is a block's share, the rest comes once. SqueezeLLM's block inputs that wait in
+CPU memory do not grow in proportion; they are counted. With one number, that of the whole model, nothing is scaled. One JSON line a
+step is printed and appended to --out: seconds, peak bytes of the process (what it mapped of files counted in) and of the GPU.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from quantize import METHODS, quantize
 from thresholds import make_thresholds
 
 STEPS = ("awq", "gptq", "squeezellm", "cheatsheet", "thresholds")
+HIDDEN_BYTES = squeezellm.HIDDEN_BYTES
 MODELS = NAMED | {"tiny": (256, 512, 2, 1, 4, 512)}
 
 
@@ -136,7 +137,6 @@ def main() -> None:
     steps = [step for step in STEPS if step in args.steps]
     if not set(steps) & set(METHODS):
         steps.insert(0, "rtn")  # whose folder the others read
-    limit = squeezellm.HIDDEN_BYTES
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         if cuda:  # what the first use of every library takes is no block's share
             write_model(Path(scratch, "tiny"), "tiny", 1)
@@ -153,7 +153,7 @@ def main() -> None:
         for step in steps:
             found = []
             for blocks in args.blocks:
-                squeezellm.HIDDEN_BYTES = limit * blocks // whole  # hidden states wait or are made again as in the whole model
+                squeezellm.HIDDEN_BYTES = HIDDEN_BYTES * blocks // whole  # block inputs wait or are made again as in the whole model
                 work = step_of(step, Path(scratch, str(blocks)), Path(scratch, f"{blocks}-quantized"), args.bits, calibration, args.device)
                 found.append(measured(work, cuda))
                 print(f"{step} of {blocks} blocks: {found[-1][0]:.1f} s, {found[-1][1]:.2f} GB of CPU memory", file=sys.stderr, flush=True)
@@ -166,19 +166,25 @@ def main() -> None:
 
 def scaled(args: argparse.Namespace, step: str, found: list[tuple[float, float, float]], block_bytes: int, rest_bytes: int) -> dict:
     """The row of a step from what :func:`measured` gave for every size."""
-    blocks, many = MODELS[args.random_weights][4], args.blocks[-1]
+    hidden, blocks, many = MODELS[args.random_weights][0], MODELS[args.random_weights][4], args.blocks[-1]
     seconds, host, gpu = zip(*found)
+
+    def waiting(count: int) -> float:
+        size = 2 * args.samples * args.length * hidden
+        return squeezellm.waiting_bytes(count, size, HIDDEN_BYTES * count // blocks) / 1e9 if step == "squeezellm" else 0.0
+
+    rest = [peak - waiting(count) for peak, count in zip(host, args.blocks)]
     if len(found) == 2:
-        each, host_each = ((part[1] - part[0]) / (many - args.blocks[0]) for part in (seconds, host))
+        each, rest_each = ((part[1] - part[0]) / (many - args.blocks[0]) for part in (seconds, rest))
     else:
-        each, host_each = seconds[0] / many, 0.0
+        each, rest_each = seconds[0] / many, 0.0
     cuda = args.device.startswith("cuda")
     return {"bench": "setup", "step": step, "model": args.random_weights, "weights": "random", "bits": args.bits,
             "samples": args.samples, "length": args.length, "timed_blocks": args.blocks, "model_blocks": blocks,
             "seconds": [round(part, 2) for part in seconds], "seconds_a_block": round(each, 3),
             "model_minutes_scaled": round((seconds[-1] + each * (blocks - many)) / 60, 2),
             "peak_host_gb": [round(part, 2) for part in host],
-            "model_peak_host_gb_scaled": round(host[-1] + max(0.0, host_each) * (blocks - many), 2),
+            "model_peak_host_gb_scaled": round(rest[-1] + max(0.0, rest_each) * (blocks - many) + waiting(blocks), 2),
             "peak_gpu_gb": round(gpu[-1], 2), "model_gb": round((rest_bytes + blocks * block_bytes) / 1e9, 2),
             "block_gb": round(block_bytes / 1e9, 2),
             "device": torch.cuda.get_device_name() if cuda else f"cpu {platform.machine()}",

@@ -39,7 +39,7 @@ def _prepared(runner: BlockRunner, bits: Sequence[int],
     """For each block in ``todo``, once the gradients went through it, what finds its codebooks."""
     count = len(runner.blocks)
     states = [state.cpu() for state in runner.embed()]
-    stride = _stride(count, sum(state.nbytes for state in states))
+    stride = _stride(count, sum(state.nbytes for state in states), HIDDEN_BYTES)
     kept = {0: states}  # inputs by block, in CPU memory: they wait for the way back
     for index in tqdm(range(count), desc="forward", unit="block"):
         states = _forward(runner, index, states)
@@ -47,6 +47,7 @@ def _prepared(runner: BlockRunner, bits: Sequence[int],
             kept[index + 1] = states
     gradients = [_loss_gradient(runner, state, sample) for state, sample in zip(states, runner.samples)]
     kept.pop(count, None)
+    del states
     for index in tqdm(range(count - 1, min(todo) - 1, -1), desc="backward and k-means", unit="block"):
         if index not in kept:
             for before in range(index - index % stride, index):
@@ -72,9 +73,15 @@ def _forward(runner: BlockRunner, index: int, states: list[Tensor]) -> list[Tens
     return [state.cpu() for state in runner.advance(index, runner.copy_block(index), states)]
 
 
-def _stride(count: int, size: int) -> int:
-    """Every which block's inputs of ``size`` bytes are kept; those between are computed again where all would be too much."""
-    return 1 if count * size <= HIDDEN_BYTES else ceil(sqrt(count))
+def _stride(count: int, size: int, limit: int) -> int:
+    """Every which block's inputs of ``size`` bytes are kept; those between are computed again where all would be beyond ``limit``."""
+    return 1 if count * size <= limit else ceil(sqrt(count))
+
+
+def waiting_bytes(count: int, size: int, limit: int) -> int:
+    """Bytes of block inputs that wait in CPU memory at most, of ``count`` blocks: those kept, and those of one stride made again."""
+    stride = _stride(count, size, limit)
+    return (ceil(count / stride) + stride - 1) * size
 
 
 @torch.no_grad()

@@ -114,7 +114,7 @@ def _file(path: Path) -> Text:
         except (json.JSONDecodeError, KeyError, TypeError):
             documents = (None,)
         if not all(isinstance(document, str) for document in documents):
-            raise UserError(f"text: {path}: expected JSON lines with a field 'text'") from None
+            raise UserError(f"text: {path}: expected JSON lines with a field 'text'")
     elif path.suffix == ".raw":
         documents = tuple(line + "\n" if line.strip() else "" for line in content.split("\n")[:-1])
     else:

@@ -178,10 +178,12 @@ def test_the_benchmark_scales_to_the_whole_model(tmp_path):
     assert "error: blocks: expected" in run_script(ROOM / "benchmark_quantize.py", "--blocks", "2", "2").stderr
 
 
-@pytest.mark.parametrize("blocks, found, seconds, gigabytes", [([1, 3], [(5, 2.0, 0), (9, 3.0, 0)], 5 + 3 * 2, 3.5),
-                                                               ([4], [(8, 3.0, 0)], 8, 3.0)])
-def test_a_row_of_the_benchmark(blocks, found, seconds, gigabytes):
-    args = SimpleNamespace(random_weights="tiny", blocks=blocks, bits=3, samples=2, length=32, device="cpu")
-    row = scaled(args, "awq", found, 10**9, 2 * 10**9)
+@pytest.mark.parametrize("step, blocks, found, seconds, gigabytes", [
+    ("awq", [1, 3], [(5, 2.0, 0), (9, 3.0, 0)], 5 + 3 * 2, 3.5), ("awq", [4], [(8, 3.0, 0)], 8, 3.0),
+    # Of 2 GB each, one input waits in a model of one block, two in one of two, three in one of four: 2, and 2 + 1 between.
+    ("squeezellm", [1, 2], [(5, 3.0, 0), (7, 5.5, 0)], 5 + 3 * 2, 1.5 + 2 * 0.5 + 3 * 2)])
+def test_a_row_of_the_benchmark(step, blocks, found, seconds, gigabytes):
+    args = SimpleNamespace(random_weights="tiny", blocks=blocks, bits=3, samples=78125, length=50, device="cpu")
+    row = scaled(args, step, found, 10**9, 2 * 10**9)
     assert row["seconds_a_block"] == 2 and row["model_minutes_scaled"] == pytest.approx(seconds / 60, abs=0.01)
     assert row["model_peak_host_gb_scaled"] == gigabytes and row["model_gb"] == 6
