@@ -4,7 +4,7 @@ A path's tokens are compared with those of the first, our decoder in float32 on 
 
 * a tie of the logits: there the two tokens' logits lie within 0.02 standard deviations;
 * a tie of a selection: the other token's is the largest, or lies so near it, once the CPU takes the channels that the
-  other path selected, and wherever these are not its own, the channels that changed places differ by less than 2 %;
+  other path selected, and wherever these are not its own, the channels that changed places differ by less than 5 %;
 * or it is no tie, and one of the paths is wrong; the script ends with an error then.
 
 Rows go to stdout, and to --out.
@@ -28,7 +28,7 @@ from selections import Selections, recorded, replayed
 PROMPTS = ("The three most important things about the Python language are", "A tree is", "In 1969, the first",
            "def fibonacci(n):", "The recipe for a good soup begins with")
 TIE = 0.02  # standard deviations of the logits
-CHANNEL_TIE = 0.02  # of a channel's magnitude
+CHANNEL_TIE = 0.05  # of a channel's magnitude: float16 in 30 blocks tips channels 3 % apart (SmolLM2)
 
 SAME, LOGITS, SELECTION, NO_TIE = "same", "tie of the logits", "tie of a selection", "no tie"
 Reread = Callable[[Tensor, list[int]], Selections]  # reads a prompt and tokens after it, and tells what was selected
