@@ -180,6 +180,7 @@ def test_the_benchmark_scales_to_the_whole_model(tmp_path):
 
 @pytest.mark.parametrize("step, blocks, found, seconds, gigabytes", [
     ("awq", [1, 3], [(5, 2.0, 0), (9, 3.0, 0)], 5 + 3 * 2, 3.5), ("awq", [4], [(8, 3.0, 0)], 8, 3.0),
+    ("cheatsheet", [1, 3], [(5, 3.0, 0), (9, 3.1, 0)], 5 + 3 * 2, 3.1 + 0.25),  # a quarter of a gigabyte a block
     # Of 2 GB each, one input waits in a model of one block, two in one of two, three in one of four: 2, and 2 + 1 between.
     ("squeezellm", [1, 2], [(5, 3.0, 0), (7, 5.5, 0)], 5 + 3 * 2, 1.5 + 2 * 0.5 + 3 * 2)])
 def test_a_row_of_the_benchmark(step, blocks, found, seconds, gigabytes):
