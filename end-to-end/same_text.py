@@ -13,6 +13,7 @@ Rows go to stdout, and to --out.
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -122,12 +123,15 @@ def main() -> None:
     for k_chunk in arguments.k_chunk:
         setting = Compensation(k_chunk, "exact", repair=arguments.repair)
         judge, first = Runtime(arguments.model, setting, "cpu").decoder, None
+        layer = next(iter(hub.compensated_layers(judge).values()))
+        what = {"bench": "same text", "model": Path(arguments.model).resolve().name, "residual_bits": layer.residual_bits,
+                "nested": layer.nested, "k_chunk": k_chunk, "repair": arguments.repair}
         for device in dict.fromkeys(("cpu", default_device())):
             for path, tokens, reread in texts(arguments.model, device, ids, setting, arguments.max_new_tokens):
                 first = first or tokens
                 for prompt, text, one, other in zip(ids, PROMPTS, first, tokens):
-                    row = {"bench": "same text", "path": path, "k_chunk": k_chunk, "repair": arguments.repair, "prompt": text,
-                           "new_tokens": arguments.max_new_tokens, **parting(judge, prompt, one, other, reread)}
+                    row = {**what, "path": path, "prompt": text, "new_tokens": arguments.max_new_tokens,
+                           **parting(judge, prompt, one, other, reread)}
                     print(json.dumps(row), flush=True)
                     if arguments.out:
                         append_row(arguments.out, row)

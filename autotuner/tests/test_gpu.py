@@ -104,7 +104,7 @@ def profile(folder) -> Path:
     """Times of the tiny model's layers on this GPU, and its plan in the folder; the layers are so small that anything fetched shows."""
     rows = folder.parent / "rows.jsonl"
     with pytest.MonkeyPatch.context() as patch:
-        for script, *arguments in ((run_profile, "--target", 20, 200), (tuner, "--target", 200, "--objective", "paper")):
+        for script, *arguments in ((run_profile, "--target", 60, 200), (tuner, "--target", 200, "--objective", "paper")):
             patch.setattr(sys, "argv", [script.__name__, *map(str, (folder, "--profile", rows, *arguments))])
             script.main()
     return rows
@@ -139,7 +139,7 @@ def test_generate_follows_the_folders_plan_and_leaves_that_of_another_gpu_aside(
 
 def test_the_runtime_meets_an_end_to_end_target(call, folder, profile, tmp_path):
     timer = f"{sys.executable} {RUNTIME / 'time_plans.py'} --model {folder} --new-tokens 32"
-    call(tuner, folder, "--profile", profile, "--target", 20, "--scope", "end-to-end", "--each-block", "--timer", timer,
+    call(tuner, folder, "--profile", profile, "--target", 60, "--scope", "end-to-end", "--objective", "paper", "--timer", timer,
          "--out", tmp_path / "plan.json")
     tuned = load_plan(tmp_path / "plan.json").at()
-    assert 0 <= tuned.measured_percent <= 20 and tuned.rest_us > 0
+    assert 0 < tuned.measured_percent <= 60 and tuned.rest_us > 0
