@@ -1,9 +1,10 @@
 """Times the setup stage on random weights of a known model's shape, and its memory; two sizes are run, the whole is scaled.
 
-The time does not depend on the values. A model of each number of blocks of --blocks is written to --scratch, and every step does
-its whole work on both: what the second takes more is a block's share, the rest comes once. CPU memory that a few blocks do not show
-in proportion is counted: SqueezeLLM's block inputs that wait, and all residuals when the cheatsheet is written. With one number, that of the whole model, nothing is scaled. One JSON line a
-step is printed and appended to --out: seconds, peak bytes of the process (what it mapped of files counted in) and of the GPU.
+The time does not depend on the values. A model of each number of blocks of --blocks is written to --scratch, and every step
+does its whole work on both: what the second takes more is a block's share, the rest comes once. CPU memory that a few blocks do
+not show in proportion is counted: SqueezeLLM's block inputs that wait, and all residuals when the cheatsheet is written. With one
+number, that of the whole model, nothing is scaled. One JSON line a step is printed and appended to --out: seconds, peak bytes of
+the process (what it mapped of files counted in) and of the GPU.
 """
 
 import argparse
@@ -38,8 +39,8 @@ MODELS = NAMED | {"tiny": (256, 512, 2, 1, 4, 512)}
 def write_model(folder: Path, name: str, blocks: int) -> int:
     """Write a Llama of that shape with ``blocks`` blocks of random float16 weights, a file a block; returns a block's bytes.
 
-    Files that lie in ``folder`` already, of another number of blocks, are kept. All matrices come from one row of random values, each
-    from a place of its own, so that no two are alike: drawing and copying as many as a large model has would take longer than a step.
+    Files that lie in ``folder`` already, of another number of blocks, are kept. All matrices come from one row of random values,
+    each from a place of its own, so that no two are alike: to draw and copy as many as a large model has takes longer than a step.
     """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -166,7 +167,8 @@ def main() -> None:
                       f"{row['model_minutes_scaled']} minutes, {row['model_peak_host_gb_scaled']} GB of CPU memory", flush=True)
 
 
-def scaled(args: argparse.Namespace, step: str, found: list[tuple[float, float, float]], block_bytes: int, rest_bytes: int) -> dict:
+def scaled(args: argparse.Namespace, step: str, found: list[tuple[float, float, float]], block_bytes: int,
+           rest_bytes: int) -> dict:
     """The row of a step from what :func:`measured` gave for every size."""
     hidden, blocks, many = MODELS[args.random_weights][0], MODELS[args.random_weights][4], args.blocks[-1]
     seconds, host, gpu = zip(*found)
@@ -180,7 +182,7 @@ def scaled(args: argparse.Namespace, step: str, found: list[tuple[float, float, 
         each, rest_each = ((part[1] - part[0]) / (many - args.blocks[0]) for part in (seconds, rest))
     else:
         each, rest_each = seconds[0] / many, 0.0
-    # All residuals, a quarter of the weights' bytes, are in memory at the end; those of a few blocks hide behind the layer at work.
+    # All residuals, a quarter of the weights' bytes, are in memory at the end; a few blocks' hide behind the layer at work.
     least = block_bytes / 4e9 if step == "cheatsheet" else 0.0
     cuda = args.device.startswith("cuda")
     return {"bench": "setup", "step": step, "model": args.random_weights, "weights": "random", "bits": args.bits,

@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 def in_float32(tensor: Tensor, device: torch.device, copy: bool = False) -> Tensor:
-    """``tensor`` on ``device``, if it has a fraction in float32, converted there: half the bytes cross and none wait on the CPU."""
+    """``tensor`` on ``device``, in float32 unless it holds integers. Converted there: half the bytes cross, none wait here."""
     moved = tensor.to(device)
     return moved.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=copy)
 

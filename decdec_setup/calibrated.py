@@ -1,4 +1,4 @@
-"""What thresholds.py and repair.py share: an artifact made of what calibration text shows block by block, which a kill only delays."""
+"""What thresholds.py and repair.py share: an artifact of what calibration text shows block by block, which a kill only delays."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,8 +30,9 @@ def is_made(path: Path, load: Callable, quant: QuantConfig, calibration: dict) -
 
 def by_block(folder: Path, base: BaseModel, documents: Text, calibration: dict, device: str, parts: Parts,
              of_blocks: OfBlocks) -> dict[str, Tensor]:
-    """The tensors of all blocks, on the CPU: those that ``parts`` does not hold yet are made on ``documents`` with the ``samples``,
-    ``length`` and ``seed`` of ``calibration``, and kept in it."""
+    """The tensors of all blocks, on the CPU. Those that ``parts`` does not hold yet are made on ``documents`` with the
+    ``samples``, ``length`` and ``seed`` of ``calibration``, and kept in it.
+    """
     todo = {index for index in range(len(base.blocks)) if not parts.has(index)}
     if todo:
         tokens = calibration_samples(documents, load_tokenizer(str(base.folder)),

@@ -74,12 +74,12 @@ def _forward(runner: BlockRunner, index: int, states: list[Tensor]) -> list[Tens
 
 
 def _stride(count: int, size: int, limit: int) -> int:
-    """Every which block's inputs of ``size`` bytes are kept; those between are computed again where all would be beyond ``limit``."""
+    """Every which block's inputs of ``size`` bytes are kept; those between are made again where all would pass ``limit``."""
     return 1 if count * size <= limit else ceil(sqrt(count))
 
 
 def waiting_bytes(count: int, size: int, limit: int) -> int:
-    """Bytes of block inputs that wait in CPU memory at most, of ``count`` blocks: those kept, and those of one stride made again."""
+    """Bytes of block inputs that wait in CPU memory at most: those of ``count`` blocks kept, and one stride made again."""
     stride = _stride(count, size, limit)
     return (ceil(count / stride) + stride - 1) * size
 

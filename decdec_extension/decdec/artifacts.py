@@ -10,7 +10,8 @@ With ``ordered`` there is ``NAME.order`` too, int32 ``(d_in,)``: packed input ``
 residuals and thresholds included, stays in natural order.
 
 Beside them lie ``cheatsheet.pt`` (the residuals), ``thresholds.pt`` (what calibration saw) and, if there is a static repair,
-``repair.pt`` and ``cheatsheet_repaired.pt`` (the residuals of what it leaves), each ``{"format": ..., "version": 1, "config": {...}, "tensors": {...}}``, in natural order, one entry per linear layer, never fused.
+``repair.pt`` and ``cheatsheet_repaired.pt`` (the residuals of what it leaves), each
+``{"format": ..., "version": 1, "config": {...}, "tensors": {...}}``, in natural order, one entry per linear layer, never fused.
 """
 
 from collections.abc import Mapping
