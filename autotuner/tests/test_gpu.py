@@ -54,14 +54,13 @@ def test_every_form_of_residuals_can_be_timed(form, selection, residuals):
 
 
 BUSY = """
-import random, time, torch
+import random, torch
 ones = torch.ones(4096, 4096, device="cuda", dtype=torch.float16)
 while True:
     for _ in range(random.randint(1, 20)):
         ones @ ones
     torch.cuda.synchronize()
     print("busy", flush=True)
-    time.sleep(random.random() / 500)
 """
 
 
@@ -75,15 +74,17 @@ def test_another_process_on_the_gpu_is_told(tmp_path, capsys):
             self.calls += 1
             return super().time(*point)
 
+    # Small and slow: a sample of many calls in a row takes milliseconds, longer than the GPU leaves to one process.
+    layer = replace(random_weights("llama-3-8b", 3, "codebook").layers[1], d_in=1024, d_out=1024)
     timer = Counted("float16", "exact")
     here = this_device()
-    timings = Timings((GU,), Conditions(here.name, here.sms, gpu.library_hash(), "float16", "exact"), [])
+    timings = Timings((layer,), Conditions(here.name, here.sms, gpu.library_hash(), "float16", "exact"), [])
     profiler = Profiler(timings, timer, tmp_path / "rows.jsonl")
     with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, text=True) as other:
         try:
             assert other.stdout.readline() == "busy\n"
-            for k_chunk in (4, 8, 12, 16):
-                profiler.measure(GU, 16, k_chunk)
+            for k_chunk in (200, 300, 400, 500):
+                profiler.measure(layer, 1, k_chunk)
         finally:
             other.kill()
     profiler.warn_if_noisy()
