@@ -161,9 +161,9 @@ __device__ __forceinline__ void copy_inputs(const GemvParams& p, int row, int fi
 }
 
 // A panel's inputs from unit `first` on become digits, by the whole block. arrive() is called before the first
-// activations are read, between() when they are on the way; it closes kStages - 1 groups of copies. Returns whether all
-// inputs are finite.
-template <bool kPairedInputs, Sums kSums, class Arrive, class Between>
+// activations are read, between() when they are on the way; it closes kLater groups of copies. Returns whether all inputs
+// are finite.
+template <bool kPairedInputs, Sums kSums, int kLater, class Arrive, class Between>
 __device__ __forceinline__ bool stage_panel(const GemvParams& p, int first, int units, uint8_t* digits, int* sums,
                                             Facts& facts, Arrive arrive, Between between) {
   constexpr int kStep = 4 * kWarps;  // a warp takes four units at a time
@@ -193,7 +193,7 @@ __device__ __forceinline__ bool stage_panel(const GemvParams& p, int first, int 
   for (int row = 0; row < p.batch; ++row) copy_inputs(p, row, first, units, place(row, 0));
   close_copies();
   between();
-  wait_copies<kStages - 1>();
+  wait_copies<kLater>();
   __syncwarp();
   for (int row = 0; row < p.batch; ++row) {
     if (p.norm) {

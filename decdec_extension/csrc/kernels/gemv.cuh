@@ -2,7 +2,7 @@
 //
 // The run's batches, tile after tile, are dealt to the warps in equal consecutive shares, so that a warp ends one tile
 // and begins another as seldom as can be: that costs it as much as eight units of products. It streams its share
-// through two shared-memory buffers that it fills and empties alone. Only the sums of a tile's segments, the parts of a
+// through shared-memory buffers that it fills and empties alone. Only the sums of a tile's segments, the parts of a
 // tile in one share, meet, once all is multiplied, in fixed order. Integer products and sums are exact, so the result
 // does not depend on timing.
 
@@ -102,19 +102,13 @@ struct Stream {
   }
 };
 
-// Waits for the oldest of the batches on the way, which the warp then may read.
-__device__ __forceinline__ void wait_oldest() {
-  wait_copies<kStages - 1>();
-  __syncwarp();
-}
-
 // kRowPairs: pairs of batch rows the instance multiplies at once. emit(row, o, value) takes every output once.
 template <Format kFormat, int kBits, int kRowPairs, class Emit>
 __device__ __forceinline__ void base_gemv(const GemvParams& p, int block, uint8_t* shared, Emit emit) {
   using Tile =
       std::conditional_t<kFormat == Format::kCodebook, CodebookTile<kBits, kRowPairs>, UniformTile<kBits, kRowPairs>>;
   using Stream = Stream<Tile, kBits>;
-  constexpr int kBufferBytes = Stream::kCodeBytes + side_bytes(kFormat, kBits);
+  constexpr int kBufferBytes = Stream::kCodeBytes + side_bytes(kFormat, kBits), kStages = stages(kFormat, kBits);
   const Weights& w = p.weights;
   const GemvPlan& plan = p.plan;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -137,7 +131,7 @@ __device__ __forceinline__ void base_gemv(const GemvParams& p, int block, uint8_
     // should not queue behind more of them than must be (H200, 3 bits: 4096x6144 6.6 us with two batches, 6.0 with one).
     int left = share.end - share.begin;
     stream.copy_next(ring, all_units, lane, left > 0, true);
-    const bool finite = stage_panel<Tile::kPairedInputs, Tile::kSums>(
+    const bool finite = stage_panel<Tile::kPairedInputs, Tile::kSums, kStages - 1>(
         p, share.first, share.units, digits, sums, facts,
         [&] {
           if (panel == 0) wait_for_last_kernel();
@@ -166,6 +160,10 @@ __device__ __forceinline__ void base_gemv(const GemvParams& p, int block, uint8_
                        digit_offset(min(lane / 4 % 4, 2), lane % 4);
       lane_sums[n] = sums + min(2 * n + lane % 4 / 2, p.batch - 1) * plan.panel_units * 4 + lane % 2 * 2;
     }
+    const auto wait_oldest = [] {  // of the batches on the way, which the warp then may read
+      wait_copies<kStages - 1>();
+      __syncwarp();
+    };
     int stage = 0, begin = share.unit;  // of the segment, in units
 #pragma unroll 1
     for (int tile = share.tile; left > 0; ++tile, begin = 0) {

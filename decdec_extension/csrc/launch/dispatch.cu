@@ -104,7 +104,7 @@ void launch_gemv(Format format, int bits, GemvParams& params, cudaStream_t strea
   const Instance& instance = find(format, bits);
   const Device device = current_device();
   Compensation& c = params.compensation;
-  params.plan = plan_gemv(device, format, bits, params.weights, params.batch, role_of(c), c.n_tb);
+  params.plan = plan_gemv(device, format, bits, params.weights, params.batch, c.n_tb);
   int bytes = params.plan.generic ? 0 : params.plan.bytes;
   if (c.n_tb > 0) {
     bytes = std::max(bytes, params.norm ? normed_bytes(c.selected, params.weights.d_in) : fetch_bytes(c.selected));

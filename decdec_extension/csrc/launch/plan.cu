@@ -11,7 +11,7 @@ constexpr int kReserved = 1024;      // bytes of shared memory a block that the 
 constexpr int kMaxPartials = 16384;  // bytes of the sums of a block's segments
 // From so many row tiles an SM on it takes two base blocks: there latency counts more than that the next kernel's
 // blocks find room (H100, 3 bits: 4096x28672, 13.6 tiles, 18.1 us instead of 19.7; 4096x6144, 2.9 tiles, 6.9 instead of
-// 6.4). Kernels of grouped residuals have registers for one block (fused.cuh).
+// 6.4, in an earlier cut). Kernels that compensate have registers for one block (fused.cuh).
 constexpr int kManyTiles = 8;
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -21,7 +21,7 @@ int round_up(int a, int b) { return ceil_div(a, b) * b; }
 // cannot be.
 bool fit(GemvPlan& plan, int budget, Format format, int bits, const Weights& weights, int batch, int max_panels) {
   const int units = ceil_div(weights.d_in, kUnitInputs), tiles = ceil_div(weights.d_out, kTileRows);
-  const int ring_bytes = kStages * kWarps * (kBatchUnits * bits * 128 + side_bytes(format, bits));
+  const int ring_bytes = stages(format, bits) * kWarps * (kBatchUnits * bits * 128 + side_bytes(format, bits));
   const int unit_bytes = batch * (kUnitBytes + (needs_sums(format, bits) ? kUnitSumBytes : 0));
   const int block_tiles = ceil_div(tiles, plan.blocks), tile_bytes = kTileRows * batch * 4;
   const int partial_bytes = (block_tiles + kWarps - 1) * tile_bytes;
@@ -42,8 +42,7 @@ bool fit(GemvPlan& plan, int budget, Format format, int bits, const Weights& wei
 
 }  // namespace
 
-GemvPlan plan_gemv(const Device& device, Format format, int bits, const Weights& weights, int batch, Role role,
-                   int n_tb) {
+GemvPlan plan_gemv(const Device& device, Format format, int bits, const Weights& weights, int batch, int n_tb) {
   const int units = ceil_div(weights.d_in, kUnitInputs), tiles = ceil_div(weights.d_out, kTileRows);
   const int most_tiles = std::max(kMaxPartials / (kTileRows * batch * 4) - kWarps + 1, 1);  // of a block
   GemvPlan plan{};

@@ -16,7 +16,6 @@ struct Device {
 
 // A base block an SM, less the n_tb blocks that compensate (0: none), or two where each gets many row tiles. `batch`
 // rows. Throws std::runtime_error where nothing fits.
-GemvPlan plan_gemv(const Device& device, Format format, int bits, const Weights& weights, int batch, Role role,
-                   int n_tb);
+GemvPlan plan_gemv(const Device& device, Format format, int bits, const Weights& weights, int batch, int n_tb);
 
 }  // namespace decdec::cuda
