@@ -174,6 +174,20 @@ def test_layers_of_models(make_base, d_in, d_out, form):
         assert_as_good(gemv(form)(x, *cuda(base.args)), None, (x, base.dense.t().cuda()))
 
 
+@pytest.mark.parametrize("groups", (1, 4))
+@pytest.mark.parametrize("form", ("codebook", "uniform"))
+def test_two_blocks_an_sm(make_base, make_residual, form, groups):
+    """So many outputs that an SM takes two blocks where it can, and inputs that end within a batch of a warp."""
+    d_in, d_out = 320, 20000
+    base, residual = make_base(form, d_in, d_out, 3, 64), make_residual(d_in, d_out, 4, groups)
+    for batch, n_tb in ((1, 3), (1, 24), (2, 40)):
+        x = torch.randn(batch, d_in, device="cuda").half()
+        poison()
+        out = compensated(form)(x, *cuda(base.args), None, *cuda(residual.args), 32, n_tb=n_tb)
+        values = masked(x, ops.select_channels(x, 32))
+        assert_as_good(out, None, (x, base.dense.t().cuda()), (values, residual.dense.cuda()))
+
+
 @pytest.mark.parametrize("boundaries", ((None, None), (3.5, 2.0), (2.0, 2.0), (0.0, 0.0), (100.0, 1e-3)))
 @pytest.mark.parametrize("k_chunk", (0, 1, 8, 100, 1024))
 def test_selection_is_exact(k_chunk, boundaries):

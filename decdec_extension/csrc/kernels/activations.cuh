@@ -41,26 +41,14 @@ enum class Sums {
 struct Octet {
   uint2 half[2];
 
-  __device__ __forceinline__ void load(const GemvParams& p, int row, int unit, int s, int t) {
-    const int d_in = p.weights.d_in;
-    const uint16_t* from = static_cast<const uint16_t*>(p.x) + int64_t{row} * d_in;
+  __device__ __forceinline__ void load(const void* unit, int s, int t) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int input = unit * kUnitInputs + 32 * s + 16 * h + 4 * t;
-      if (d_in % 4 == 0 && reinterpret_cast<uintptr_t>(p.x) % 8 == 0) {
-        half[h] = make_uint2(0, 0);
-        if (input < d_in) {
-          asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(half[h].x), "=r"(half[h].y) : "l"(from + input));
-        }
-      } else {
-        uint16_t v[4];
-        for (int i = 0; i < 4; ++i) v[i] = input + i < d_in ? from[input + i] : 0;
-        half[h] = make_uint2(v[0] | v[1] << 16, v[2] | v[3] << 16);
-      }
-    }
+    for (int h = 0; h < 2; ++h) half[h] = static_cast<const uint2*>(unit)[8 * s + 4 * h + t];
   }
-
-  __device__ __forceinline__ uint4 all() const { return make_uint4(half[0].x, half[0].y, half[1].x, half[1].y); }
+  __device__ __forceinline__ void store(void* unit, int s, int t) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) static_cast<uint2*>(unit)[8 * s + 4 * h + t] = half[h];
+  }
 
   // The weights of a norm for inputs that `load` would load.
   __device__ __forceinline__ void load_norm(const GemvParams& p, int unit, int s, int t) {
@@ -71,6 +59,8 @@ struct Octet {
       if (input < p.weights.d_in) half[h] = __ldg(static_cast<const uint2*>(p.norm) + input / 4);
     }
   }
+
+  __device__ __forceinline__ uint4 all() const { return make_uint4(half[0].x, half[0].y, half[1].x, half[1].y); }
 
   __device__ __forceinline__ void norm(const Octet& weights, float factor, Dtype dtype) {
     const uint4 v = normed(all(), weights.all(), factor, dtype);
@@ -141,91 +131,99 @@ struct Octet {
   }
 };
 
-// What the staging of a panel leaves in shared memory besides digits and sums.
-struct RowFacts {
-  int exponent[kMaxBatch];  // of the row's digits
-  float factor[kMaxBatch];  // 1 / rms, where there is a norm
+// What is known of a panel, in shared memory: registers are scarcer.
+struct Facts {
+  int exponent[kMaxBatch];  // of the rows' digits
   uint32_t largest[kMaxBatch][kWarps];
+  bool finite;  // all activations up to this panel
+  unsigned per_tile, share;  // batches of a tile, and of a warp
 };
-static_assert(sizeof(RowFacts) == kFactBytes);
+static_assert(sizeof(Facts) == kFactBytes);
 
-// A panel's inputs from unit `first` on become digits, by the whole block. arrive() is called before the first
-// activations are read, between() when they are on the way. Returns whether all inputs are finite.
-template <bool kPairedInputs, Sums kSums, class Arrive, class Between>
-__device__ __forceinline__ bool stage_panel(const GemvParams& p, int first, int units, uint8_t* digits, int* sums,
-                                            RowFacts& facts, Arrive arrive, Between between) {
-  constexpr int kAhead = 3, kStep = 4 * kWarps;  // a warp loads four units at a time; four would spill registers
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, s = lane / 4 % 2, t = lane % 4;
-  const int own = 4 * warp + lane / 8;
-  const uint32_t infinity = p.dtype == Dtype::kHalf ? 0x7c00 : 0x7f80;
-  const auto load = [&](int row, int unit, float factor) {
-    Octet octet, weights;
-    octet.load(p, row, first + unit, s, t);
-    if (p.norm) {
-      weights.load_norm(p, first + unit, s, t);
-      octet.norm(weights, factor, p.dtype);
-    }
-    return octet;
-  };
-  Octet weights[kAhead] = {};
-  if (p.norm) {
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (4 * warp + i * kStep < units) weights[i].load_norm(p, first + min(own + i * kStep, units - 1), s, t);
+constexpr int kPieces = kUnitInputs / 8;  // of 16 bytes, a unit's inputs
+
+// Copies the inputs of a row's units from `first` on, each unit's to where its digits will be, kUnitBytes apart. Inputs
+// beyond the row are 0. The copies are asynchronous; a unit's are of the same warp that makes its digits.
+__device__ __forceinline__ void copy_inputs(const GemvParams& p, int row, int first, int units, uint8_t* to) {
+  const int d_in = p.weights.d_in;
+  const uint16_t* x = static_cast<const uint16_t*>(p.x) + int64_t{row} * d_in;
+  const bool wide = d_in % 8 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < units * kPieces; i += kThreads) {
+    const int input = first * kUnitInputs + 8 * i;
+    uint8_t* piece = to + i / kPieces * kUnitBytes + i % kPieces * 16;
+    if (wide) {
+      copy_async<16>(piece, x + (input < d_in ? input : 0), input < d_in);
+    } else {
+      for (int n = 0; n < 8; ++n) reinterpret_cast<uint16_t*>(piece)[n] = input + n < d_in ? x[input + n] : 0;
     }
   }
-  arrive();
-  Octet ahead[kAhead] = {};  // the lane's first octets of a row
-  for (int row = 0; row < p.batch; ++row) {
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (4 * warp + i * kStep < units) ahead[i].load(p, row, first + min(own + i * kStep, units - 1), s, t);
+}
+
+// A panel's inputs from unit `first` on become digits, by the whole block. arrive() is called before the first
+// activations are read, between() when they are on the way; it closes kLater groups of copies. Returns whether all inputs
+// are finite.
+template <bool kPairedInputs, Sums kSums, int kLater, class Arrive, class Between>
+__device__ __forceinline__ bool stage_panel(const GemvParams& p, int first, int units, uint8_t* digits, int* sums,
+                                            Facts& facts, Arrive arrive, Between between) {
+  constexpr int kStep = 4 * kWarps;  // a warp takes four units at a time
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, s = lane / 4 % 2, t = lane % 4;
+  const uint32_t infinity = p.dtype == Dtype::kHalf ? 0x7c00 : 0x7f80;
+  const auto place = [&](int row, int unit) { return digits + (row * p.plan.panel_units + unit) * kUnitBytes; };
+  // call(unit) for the warp's units, whole warps at a time: lanes beyond the last unit repeat it.
+  const auto each = [&](auto call) {
+#pragma unroll 1
+    for (int group = 4 * warp; group < units; group += kStep) call(min(group + lane / 8, units - 1));
+  };
+  // call(piece) for eight inputs at a time, those that the thread copied.
+  const auto each_piece = [&](int row, auto call) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < units * kPieces; i += kThreads) {
+      const uint2* from = reinterpret_cast<const uint2*>(place(row, i / kPieces) + i % kPieces * 16);
+      call(Octet{from[0], from[1]});
     }
-    if (row == 0) between();
-    float factor = 1;
+  };
+  if (p.norm) {  // its weights are wanted when the squares are known
+    each([&](int unit) {
+      const int input = (first + unit) * kUnitInputs;
+      if (input < p.weights.d_in) prefetch(static_cast<const uint16_t*>(p.norm) + input);
+    });
+  }
+  arrive();
+  for (int row = 0; row < p.batch; ++row) copy_inputs(p, row, first, units, place(row, 0));
+  close_copies();
+  between();
+  wait_copies<kLater>();
+  __syncwarp();
+  for (int row = 0; row < p.batch; ++row) {
     if (p.norm) {
       float squares = 0;
-      if (p.plan.panels == 1) {  // the panel is the whole row
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-          if (own + i * kStep < units) squares += square_sum(ahead[i].all(), p.dtype);
-        }
-        Octet octet;
-#pragma unroll 1
-        for (int unit = own + kAhead * kStep; unit < units; unit += kStep) {
-          octet.load(p, row, first + unit, s, t);
-          squares += square_sum(octet.all(), p.dtype);
-        }
-      } else {
-        squares = row_squares(p, row);
-      }
-      factor = norm_factor(p, squares, reinterpret_cast<float*>(facts.largest[row]));
-      if (threadIdx.x == 0) facts.factor[row] = factor;
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (4 * warp + i * kStep < units) ahead[i].norm(weights[i], factor, p.dtype);
-      }
+      if (p.plan.panels > 1) squares = row_squares(p, row);
+      else each_piece(row, [&](const Octet& piece) { squares += square_sum(piece.all(), p.dtype); });
+      const float factor = norm_factor(p, squares, reinterpret_cast<float*>(facts.largest[row]));
+      each([&](int unit) {
+        Octet octet, weights;
+        octet.load(place(row, unit), s, t);
+        weights.load_norm(p, first + unit, s, t);
+        octet.norm(weights, factor, p.dtype);
+        __syncwarp();
+        octet.store(place(row, unit), s, t);
+      });
+      __syncwarp();
     }
-    uint32_t pair = 0;
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) pair = ahead[i].largest(pair);
-#pragma unroll 1
-    for (int unit = own + kAhead * kStep; unit < units; unit += kStep) pair = load(row, unit, factor).largest(pair);
-    uint32_t most = __reduce_max_sync(0xffffffff, max(pair & 0xffff, pair >> 16));
-    if (most >= infinity) {
-      pair = 0;
-#pragma unroll 1
-      for (int unit = own; unit < units; unit += kStep) {
-        Octet octet = load(row, unit, factor);
-        octet.drop_non_finite(infinity);
-        pair = octet.largest(pair);
-      }
-      most = __reduce_max_sync(0xffffffff, max(pair & 0xffff, pair >> 16)) | 1 << 16;
-    }
+    const auto largest = [&](bool finite) {
+      uint32_t pair = 0;
+      each_piece(row, [&](Octet piece) {
+        if (!finite) piece.drop_non_finite(infinity);
+        pair = piece.largest(pair);
+      });
+      return __reduce_max_sync(0xffffffff, max(pair & 0xffff, pair >> 16));
+    };
+    uint32_t most = largest(true);
+    if (most >= infinity) most = largest(false) | 1 << 16;
     if (lane == 0) facts.largest[row][warp] = most;
   }
   __syncthreads();
-  const bool kept = p.batch == 1;  // the first octets are in registers still
   bool finite = true;
   for (int row = 0; row < p.batch; ++row) {
     const uint32_t of_warp = facts.largest[row][lane % kWarps];
@@ -234,23 +232,14 @@ __device__ __forceinline__ bool stage_panel(const GemvParams& p, int first, int 
     const float scale = power_of_two(exponent);
     finite = finite && row_finite;
     if (threadIdx.x == 0) facts.exponent[row] = exponent;
-    const auto write = [&](Octet& octet, int unit) {  // by whole warps
+    each([&](int unit) {
+      Octet octet;
+      octet.load(place(row, unit), s, t);
       if (!row_finite) octet.drop_non_finite(infinity);
-      const int at = row * p.plan.panel_units + unit;
-      octet.write<kPairedInputs, kSums>(p.dtype, scale, s, t, digits + at * kUnitBytes, sums + 4 * at);
-    };
-    if (kept) {
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (4 * warp + i * kStep < units) write(ahead[i], min(own + i * kStep, units - 1));
-      }
-    }
-#pragma unroll 1
-    for (int group = 4 * warp + (kept ? kAhead * kStep : 0); group < units; group += kStep) {
-      const int unit = min(group + lane / 8, units - 1);
-      Octet octet = load(row, unit, facts.factor[row]);
-      write(octet, unit);
-    }
+      __syncwarp();  // all have taken theirs
+      octet.write<kPairedInputs, kSums>(p.dtype, scale, s, t, place(row, unit),
+                                        sums + 4 * (row * p.plan.panel_units + unit));
+    });
   }
   __syncthreads();
   return finite;

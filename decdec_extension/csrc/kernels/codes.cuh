@@ -91,7 +91,6 @@ template <int kBits, int kRowPairs>
 struct CodebookTile {
   static constexpr bool kPairedInputs = false;  // see write_digits
   static constexpr Sums kSums = kBits == 4 ? Sums::kDigits : Sums::kNone;
-  static constexpr int kBatchUnits = batch_units(Format::kCodebook);
   static constexpr int kEntryWords = 1 << (kBits - 1);
   static constexpr int kRowBytes = 4 * kEntryWords;
 
@@ -105,13 +104,13 @@ struct CodebookTile {
       const char* table = reinterpret_cast<const char*>(w.codebook + int64_t{row(lane / kPieces)} * (1 << kBits));
       copy_async<kBytes>(side + lane * kBytes, table + lane % kPieces * kBytes);
     }
-    if (lane < kTileRows) copy_async<4>(side + kTileRows * kRowBytes + 4 * lane, w.scale + row(lane));
   }
 
+  // What the sums of output o are multiplied with.
+  __device__ __forceinline__ static const float* output_scale(const Weights& w, int o) { return w.scale + o; }
+
   RowTable<kBits> table[2];
-  float scale[2];
   int high[kRowPairs][4], low[kRowPairs][4];
-  int totals[kRowPairs][2];  // of the lane's digits: 0 and 1, or 2 in odd lanes
 
   // Begins a segment.
   __device__ __forceinline__ void begin(const uint8_t* side, int lane) {
@@ -122,20 +121,18 @@ struct CodebookTile {
 #pragma unroll
       for (int i = 0; i < kEntryWords; ++i) entries[i] = from[i];
       table[h].load(entries);
-      scale[h] = *reinterpret_cast<const float*>(side + kTileRows * kRowBytes + 4 * (lane / 4 + 8 * h));
     }
 #pragma unroll
     for (int n = 0; n < kRowPairs; ++n) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) high[n][c] = low[n][c] = 0;
-      totals[n][0] = totals[n][1] = 0;
     }
   }
 
   // Multiplies `count` units of a batch. codes(u, words), digits(u, n): the B registers (b0, b1 of k-step 0, b0, b1 of
   // k-step 1) of row pair n, sums(u, n): what write_digits leaves for the lane.
   template <class Codes, class Digits, class DigitSums>
-  __device__ __forceinline__ void multiply(int count, Codes codes, Digits digits, DigitSums sums, const uint8_t*, int,
+  __device__ __forceinline__ void multiply(int count, Codes codes, Digits digits, DigitSums, const uint8_t*, int,
                                            int) {
     const auto unit = [&](int u) {
       uint32_t words[kBits];
@@ -146,10 +143,6 @@ struct CodebookTile {
 #pragma unroll
       for (int n = 0; n < kRowPairs; ++n) {
         b[n] = digits(u, n);
-        if constexpr (kSums == Sums::kDigits) {
-          const int2 t = sums(u, n);
-          totals[n][0] += t.x, totals[n][1] += t.y;
-        }
       }
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
@@ -177,20 +170,38 @@ struct CodebookTile {
     }
   }
 
-  // The lane's part of row half h: its two digit columns joined, the lower one of weight 1. Odd lanes have but one
-  // digit.
-  __device__ __forceinline__ float value(int n, int h, int lane) const {
+  // The lane's part of both row halves: its two digit columns joined, the lower one of weight 1. Odd lanes have but one
+  // digit. `count`: units of the segment, sums(u, n) as above.
+  template <class DigitSums>
+  __device__ __forceinline__ float2 values(int n, int count, DigitSums sums, int lane) const {
+    int2 total = {0, 0};  // of the lane's digits: 0 and 1, or 2 in odd lanes
+    if constexpr (kSums == Sums::kDigits) {
+      for (int u = lane / 4; u < count; u += 8) {  // the lanes of a column share them
+        const int2 t = sums(u, n);
+        total.x += t.x, total.y += t.y;
+      }
+#pragma unroll
+      for (int mask = 4; mask < 32; mask *= 2) {
+        total.x += __shfl_xor_sync(0xffffffff, total.x, mask);
+        total.y += __shfl_xor_sync(0xffffffff, total.y, mask);
+      }
+    }
+    return {value(n, 0, total, lane), value(n, 1, total, lane)};
+  }
+
+  __device__ __forceinline__ float value(int n, int h, const int2& total, int lane) const {
     float column[2];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       if constexpr (kBits == 4) {
-        column[j] = fmaf(512.f, float(high[n][2 * h + j] - 64 * totals[n][j]),
-                         fmaf(4.f, float(low[n][2 * h + j]), 1.5f * totals[n][j]));
+        const int digits = j == 0 ? total.x : total.y;
+        column[j] = fmaf(512.f, float(high[n][2 * h + j] - 64 * digits),
+                         fmaf(4.f, float(low[n][2 * h + j]), 1.5f * digits));
       } else {
         column[j] = fmaf(256.f, float(high[n][2 * h + j]), float(low[n][2 * h + j]));
       }
     }
-    return fmaf(lane % 2 ? 0.f : 256.f, column[1], column[0]) * scale[h];
+    return fmaf(lane % 2 ? 0.f : 256.f, column[1], column[0]);
   }
 };
 
@@ -200,8 +211,9 @@ template <int kBits, int kRowPairs>
 struct UniformTile {
   static constexpr bool kPairedInputs = true;
   static constexpr Sums kSums = Sums::kSteps;
-  static constexpr int kBatchUnits = batch_units(Format::kUniform);
   static constexpr int kSlotBytes = 4 * kTileRows;  // float16 scales of the tile's rows, then zero points
+
+  __device__ __forceinline__ static const float* output_scale(const Weights&, int) { return nullptr; }
 
   float sum[kRowPairs][2];
 
@@ -292,7 +304,10 @@ struct UniformTile {
     }
   }
 
-  __device__ __forceinline__ float value(int n, int h, int) const { return sum[n][h]; }
+  template <class DigitSums>
+  __device__ __forceinline__ float2 values(int n, int, DigitSums, int) const {
+    return {sum[n][0], sum[n][1]};
+  }
 
   // A registers of both k-steps: the even nibbles of a group first, then the odd ones.
   __device__ __forceinline__ static void operands(const uint32_t (&words)[kBits], uint32_t (&a)[2][4]) {

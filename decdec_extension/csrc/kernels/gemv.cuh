@@ -2,7 +2,7 @@
 //
 // The run's batches, tile after tile, are dealt to the warps in equal consecutive shares, so that a warp ends one tile
 // and begins another as seldom as can be: that costs it as much as eight units of products. It streams its share
-// through two shared-memory buffers that it fills and empties alone. Only the sums of a tile's segments, the parts of a
+// through shared-memory buffers that it fills and empties alone. Only the sums of a tile's segments, the parts of a
 // tile in one share, meet, once all is multiplied, in fixed order. Integer products and sums are exact, so the result
 // does not depend on timing.
 
@@ -49,42 +49,39 @@ struct Share {
   int begin, end;
   int tile, unit;    // where it begins
 
-  __device__ __forceinline__ Share(const GemvPlan& plan, int panel, int all_units, int tiles, int warp,
-                                   int batch_units) {
+  __device__ __forceinline__ Share(const GemvPlan& plan, int panel, int all_units, int tiles, int warp) {
     first = panel * plan.panel_units;
     units = min(plan.panel_units, all_units - first);
-    per_tile = (units + batch_units - 1) / batch_units;
+    per_tile = (units + kBatchUnits - 1) / kBatchUnits;
     const int total = tiles * per_tile;
     size = (total + kWarps - 1) / kWarps;
     begin = min(warp * size, total);
     end = min(begin + size, total);
     tile = unsigned(begin) / unsigned(per_tile);
-    unit = (begin - tile * per_tile) * batch_units;
+    unit = (begin - tile * per_tile) * kBatchUnits;
   }
 };
 
 // A warp's copies of its share, batch after batch in the order of the products.
 template <class Tile, int kBits>
 struct Stream {
-  static constexpr int kBatchUnits = Tile::kBatchUnits;
   static constexpr int kCodeBytes = kBatchUnits * kBits * 128;
 
   const Weights& w;
   const uint32_t* from;  // the lane's first piece of what is copied next
-  int left;              // batches
   int tile, unit;        // of the next; units count within the panel
   int first, units;      // of the panel
-  bool begins;           // a segment begins with the next
 
   __device__ __forceinline__ Stream(const Weights& w, const Share& share, int all_units, int first_tile, int lane)
-      : w(w), left(share.end - share.begin), units(share.units), first(share.first), begins(true) {
+      : w(w), units(share.units), first(share.first) {
     tile = first_tile + share.tile;
     unit = share.unit;
     from = w.qweight + (int64_t{tile} * all_units + first + unit) * (kBits * 32) + 4 * lane;
   }
 
-  __device__ __forceinline__ void copy_next(uint8_t* buffer, int all_units, int lane) {
-    if (left > 0) {
+  // `wanted`: whether the share has a batch more; `begins`: whether it is the first.
+  __device__ __forceinline__ void copy_next(uint8_t* buffer, int all_units, int lane, bool wanted, bool begins) {
+    if (wanted) {
       const int count = min(kBatchUnits, units - unit);
       constexpr int kPieces = kBatchUnits * kBits * 8 / 32;  // of 16 bytes, a lane
       if (count == kBatchUnits) {
@@ -96,22 +93,14 @@ struct Stream {
           copy_streaming(buffer + 16 * lane + 512 * i, from + 128 * i);
         }
       }
-      Tile::copy_side(buffer + kCodeBytes, w, tile, first + unit, begins, lane);
+      Tile::copy_side(buffer + kCodeBytes, w, tile, first + unit, begins || unit == 0, lane);
       from += count * kBits * 32;
       unit += kBatchUnits;
-      begins = unit >= units;
-      if (begins) unit = 0, ++tile, from += int64_t{all_units - units} * (kBits * 32);
-      --left;
+      if (unit >= units) unit = 0, ++tile, from += int64_t{all_units - units} * (kBits * 32);
     }
     close_copies();
   }
 };
-
-// Waits for the oldest of the batches on the way, which the warp then may read.
-__device__ __forceinline__ void wait_oldest() {
-  wait_copies<kStages - 1>();
-  __syncwarp();
-}
 
 // kRowPairs: pairs of batch rows the instance multiplies at once. emit(row, o, value) takes every output once.
 template <Format kFormat, int kBits, int kRowPairs, class Emit>
@@ -119,8 +108,7 @@ __device__ __forceinline__ void base_gemv(const GemvParams& p, int block, uint8_
   using Tile =
       std::conditional_t<kFormat == Format::kCodebook, CodebookTile<kBits, kRowPairs>, UniformTile<kBits, kRowPairs>>;
   using Stream = Stream<Tile, kBits>;
-  constexpr int kBatchUnits = Tile::kBatchUnits;
-  constexpr int kBufferBytes = Stream::kCodeBytes + side_bytes(kFormat, kBits);
+  constexpr int kBufferBytes = Stream::kCodeBytes + side_bytes(kFormat, kBits), kStages = stages(kFormat, kBits);
   const Weights& w = p.weights;
   const GemvPlan& plan = p.plan;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -134,30 +122,33 @@ __device__ __forceinline__ void base_gemv(const GemvParams& p, int block, uint8_
   uint8_t* ring = shared + plan.ring + warp * kStages * kBufferBytes;
   float* partials = reinterpret_cast<float*>(shared + plan.partials);
   float* carry = reinterpret_cast<float*>(shared + plan.carry);
-  RowFacts& facts = *reinterpret_cast<RowFacts*>(shared + plan.facts);
+  Facts& facts = *reinterpret_cast<Facts*>(shared + plan.facts);
 
-  bool finite = true;
   for (int panel = 0; panel < plan.panels; ++panel) {
-    const Share share(plan, panel, all_units, tiles, warp, kBatchUnits);
+    const Share share(plan, panel, all_units, tiles, warp);
     Stream stream(w, share, all_units, first_tile, lane);
-    const auto copy = [&](int from, int to) {
-#pragma unroll 1
-      for (int s = from; s < to; ++s) stream.copy_next(ring + s * kBufferBytes, all_units, lane);
-    };
-    // A kernel that started early waits for its activations anyhow and may fetch weights meanwhile; but the activations
-    // should not queue behind more of them than must be.
-    const int ahead = panel == 0 ? plan.ahead : 0;
-    copy(0, ahead);
-    finite = stage_panel<Tile::kPairedInputs, Tile::kSums>(
-                 p, share.first, share.units, digits, sums, facts,
-                 [&] {
-                   if (panel == 0) wait_for_last_kernel();
-                 },
-                 [&] { copy(ahead, kStages); }) &&
-             finite;
-    if (panel == 0 && p.bias && threadIdx.x < tiles * kTileRows) {  // its latency would lie bare at the end
+    // A kernel that started early waits for its activations anyhow and may copy weights meanwhile; but the activations
+    // should not queue behind more of them than must be (H200, 3 bits: 4096x6144 6.6 us with two batches, 6.0 with one).
+    int left = share.end - share.begin;
+    stream.copy_next(ring, all_units, lane, left > 0, true);
+    const bool finite = stage_panel<Tile::kPairedInputs, Tile::kSums, kStages - 1>(
+        p, share.first, share.units, digits, sums, facts,
+        [&] {
+          if (panel == 0) wait_for_last_kernel();
+        },
+        [&] {
+          for (int s = 1; s < kStages; ++s) {
+            stream.copy_next(ring + s * kBufferBytes, all_units, lane, left > s, false);
+          }
+        });
+    if (threadIdx.x == 0) {
+      facts.finite = finite && (panel == 0 || facts.finite);
+      facts.per_tile = share.per_tile, facts.share = share.size;
+    }
+    if (panel == 0 && threadIdx.x < tiles * kTileRows) {  // their latency would lie bare at the end
       const int o = first_tile * kTileRows + threadIdx.x;
-      if (o < w.d_out) prefetch(static_cast<const uint16_t*>(p.bias) + o);
+      if (o < w.d_out && p.bias) prefetch(static_cast<const uint16_t*>(p.bias) + o);
+      if (o < w.d_out && Tile::output_scale(w, o)) prefetch(Tile::output_scale(w, o));
     }
     // Lane 4 c + t has column c of B, digit c % 4 (0 to 2, and one unused) of batch row 2 n + c / 4; of the products
     // lanes 4 g + t hold digits 0, 1 (even t) or 2 (odd t) of batch row 2 n + t / 2, in rows g and g + 8 of the tile.
@@ -169,9 +160,14 @@ __device__ __forceinline__ void base_gemv(const GemvParams& p, int block, uint8_
                        digit_offset(min(lane / 4 % 4, 2), lane % 4);
       lane_sums[n] = sums + min(2 * n + lane % 4 / 2, p.batch - 1) * plan.panel_units * 4 + lane % 2 * 2;
     }
-    int stage = 0, unit = share.unit;
+    const auto wait_oldest = [] {  // of the batches on the way, which the warp then may read
+      wait_copies<kStages - 1>();
+      __syncwarp();
+    };
+    int stage = 0, begin = share.unit;  // of the segment, in units
 #pragma unroll 1
-    for (int tile = share.tile, left = share.end - share.begin; left > 0; ++tile, unit = 0) {
+    for (int tile = share.tile; left > 0; ++tile, begin = 0) {
+      int unit = begin;
       Tile sum;
       wait_oldest();
       sum.begin(ring + stage * kBufferBytes + Stream::kCodeBytes, lane);
@@ -189,8 +185,8 @@ __device__ __forceinline__ void base_gemv(const GemvParams& p, int block, uint8_
             [&](int u, int n) { return *reinterpret_cast<const int2*>(lane_sums[n] + (unit + u) * 4); },
             buffer + Stream::kCodeBytes, w.group_size, lane);
         __syncwarp();  // the buffer has been read: it may be filled again
-        stream.copy_next(buffer, all_units, lane);
-        stage ^= 1;
+        stream.copy_next(buffer, all_units, lane, left > kStages, false);
+        stage = stage + 1 == kStages ? 0 : stage + 1;
         unit += kBatchUnits;
         if (--left == 0 || unit >= share.units) break;
         wait_oldest();
@@ -198,9 +194,12 @@ __device__ __forceinline__ void base_gemv(const GemvParams& p, int block, uint8_
       float* mine = partials + (tile + warp) * tile_sums + lane / 4;
 #pragma unroll
       for (int n = 0; n < kRowPairs; ++n) {
+        const float2 both = sum.values(
+            n, min(unit, share.units) - begin,
+            [&](int u, int n) { return *reinterpret_cast<const int2*>(lane_sums[n] + (begin + u) * 4); }, lane);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          float v = sum.value(n, h, lane) * (lane % 2 ? 65536.f : 1.f);
+          float v = (h == 0 ? both.x : both.y) * (lane % 2 ? 65536.f : 1.f);
           v += __shfl_xor_sync(0xffffffff, v, 1);
           const int row = 2 * n + lane % 4 / 2;
           if (lane % 2 == 0 && row < p.batch) mine[row * kTileRows + 8 * h] = v;
@@ -212,18 +211,19 @@ __device__ __forceinline__ void base_gemv(const GemvParams& p, int block, uint8_
       const unsigned tile = p.batch == 1 ? i / kTileRows : i / tile_sums;
       const int row = p.batch == 1 ? 0 : i % tile_sums / kTileRows, o = (first_tile + tile) * kTileRows + i % kTileRows;
       float v = 0;
-      for (int from = tile * unsigned(share.per_tile) / share.size; from * share.size < (tile + 1) * share.per_tile;
+      for (unsigned from = tile * facts.per_tile / facts.share; from * facts.share < (tile + 1) * facts.per_tile;
            ++from) {
         v += partials[from * tile_sums + i];
       }
+      if (o < w.d_out && Tile::output_scale(w, o)) v *= __ldg(Tile::output_scale(w, o));
       v *= power_of_two(-facts.exponent[row]);
       if (panel > 0) v += carry[i];
       if (panel + 1 < plan.panels) {
         carry[i] = v;
       } else if (o < w.d_out) {
-        if (!finite && p.norm) {
+        if (!facts.finite && p.norm) {
           v = NAN;  // a norm of numbers that are not finite leaves none
-        } else if (!finite) {
+        } else if (!facts.finite) {
           v += non_finite_terms(p.x, row, w.d_in, p.dtype, o,
                                 [&](int o, int i) { return weight_at<kFormat, kBits>(w, o, i); });
         }

@@ -55,6 +55,12 @@ __device__ __forceinline__ void store_element(void* vector, int64_t i, Dtype dty
   }
 }
 
+// The same for 16-bit elements, without a branch.
+__device__ __forceinline__ void store_short(void* vector, int64_t i, Dtype dtype, float value) {
+  const uint16_t half = __half_as_ushort(__float2half_rn(value)), brain = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+  static_cast<uint16_t*>(vector)[i] = dtype == Dtype::kHalf ? half : brain;
+}
+
 // Four neighbouring elements of a caller's vector.
 __device__ __forceinline__ float4 unpack_four(uint2 v, Dtype dtype) {
   return {to_float(v.x & 0xffff, dtype), to_float(v.x >> 16, dtype), to_float(v.y & 0xffff, dtype),
@@ -77,6 +83,9 @@ __device__ __forceinline__ void load_streaming(uint32_t (&d)[kWords], const void
 
 // Brings a line of global memory into the first-level cache.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
+
+// Brings a line into the second-level cache.
+__device__ __forceinline__ void prefetch_far(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // A kernel launched with programmatic serialization may start before the one ahead of it in the stream has ended: it
 // must wait before it reads what that one wrote, or writes what that one reads. Weights are constant and need no

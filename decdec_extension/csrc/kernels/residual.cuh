@@ -80,15 +80,15 @@ __host__ __device__ constexpr int slice_pieces(int pieces, int blocks, int bits)
   return (even + line - 1) / line * line;
 }
 
-// What row `channel` of the residual is multiplied with, for an activation of these bits.
-__device__ __forceinline__ float row_factor(const Compensation& c, uint16_t bits, int channel, Dtype dtype) {
-  const float value = to_float(bits, dtype) - (c.center ? __ldg(c.center + channel) : 0.f);
+// What row `channel` of the residual is multiplied with, for activation x.
+__device__ __forceinline__ float row_factor(const Compensation& c, float x, int channel) {
+  const float value = x - (c.center ? __ldg(c.center + channel) : 0.f);
   return c.row_scale ? value * __ldg(c.row_scale + channel) : value;
 }
 
 // channel(i, factor) is the i-th of `selected` channels, ascending in each chunk, or negative. emit.put(outputs, values)
 // takes every output of the slice once, kEmitted at a time, negative ones being none; emit.expect(outputs) announces
-// them, emit.finish() ends. `sums`: 32 * kSumStride floats of shared memory. Called by the whole block. kGrouped: each
+// them. `sums`: 32 * kSumStride floats of shared memory. Called by the whole block. kGrouped: each
 // group of channels has scales of its own, so that they enter the sums of a group's rows instead of those of all.
 template <int kBits, bool kGrouped, class Channel, class Emit>
 __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, int selected, int slice, int slices,
@@ -99,11 +99,6 @@ __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, 
   const int begin = slice * per_slice, end = min(begin + per_slice, pieces);
   const bool wide_scales = d_out % 8 == 0 && reinterpret_cast<uintptr_t>(c.residual_scale) % 16 == 0;
   const float middle = c.nested ? 0.5f : 0.f, step = c.nested ? 1.f / (1 << kBits % 16) : 1.f;
-  if constexpr (!kGrouped && kBits != 16) {  // they are wanted when the last row has come
-    for (int o = begin * P::kOutputs + 64 * threadIdx.x; o < min(end * P::kOutputs, d_out); o += 64 * kThreads) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(c.residual_scale + o));
-    }
-  }
   for (int first = begin; first < end; first += kThreads) {
     const int width = min(end - first, kThreads), rows = kThreads / width;  // rows at a time
     const int piece = threadIdx.x % width, row = threadIdx.x / width;
@@ -111,6 +106,7 @@ __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, 
     const int output = (first + piece) * P::kOutputs;
     // A thread's rows are neighbours, since those mostly share a group.
     const int share = (selected + rows - 1) / rows, last = busy ? min((row + 1) * share, selected) : 0;
+    const int filled = min(rows, selected);  // rows at a time that have any
     float sum[P::kOutputs] = {}, factors = 0;
     float total[kGrouped ? P::kOutputs : 1] = {};  // of the groups before the current one, with their scales
     uint4 scales[kGrouped ? P::kOutputs / 8 : 1] = {};  // the current group's, on their way while its rows are summed
@@ -178,8 +174,23 @@ __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, 
       load();
     }
     if constexpr (kGrouped) close_group();
+    // Several outputs a thread at once: the answers to their loads and exchanges are waited for together, and to the
+    // first ones while the sums are joined.
+    int outputs[kEmitted];
+    float scale[kEmitted];
+    const auto expect = [&](int i) {
+#pragma unroll
+      for (int n = 0; n < kEmitted; ++n) {
+        const int at = i + n * kThreads, o = first * P::kOutputs + at;
+        outputs[n] = at < width * P::kOutputs && o < d_out ? o : -1;
+        scale[n] = 1;
+        if (!kGrouped && kBits != 16 && outputs[n] >= 0) scale[n] = half_to_float(__ldg(c.residual_scale + o));
+      }
+      emit.expect(outputs);
+    };
+    expect(threadIdx.x);
     __syncthreads();  // all have emptied their part of the ring, whose place the sums take
-    if (busy) {
+    if (row < filled) {
 #pragma unroll
       for (int n = 0; n < P::kOutputs; ++n) {
         float value;
@@ -189,57 +200,45 @@ __device__ __forceinline__ void residual_gemv(const Compensation& c, int d_out, 
       }
     }
     __syncthreads();
-    // Several outputs a thread at once: the answers to their loads and exchanges are waited for together.
-    for (int i = threadIdx.x; i < width * P::kOutputs; i += kEmitted * kThreads) {
-      float value[kEmitted];
-      int outputs[kEmitted];
+    for (int i = threadIdx.x; i < width * P::kOutputs;) {
+      const float* from[kEmitted];
+      float value[kEmitted] = {};
 #pragma unroll
       for (int n = 0; n < kEmitted; ++n) {
-        const int at = i + n * kThreads, o = first * P::kOutputs + at;
-        outputs[n] = at < width * P::kOutputs && o < d_out ? o : -1;
+        const int at = outputs[n] < 0 ? 0 : i + n * kThreads;
+        from[n] = sums + at % P::kOutputs * kSumStride + at / P::kOutputs;
       }
-      emit.expect(outputs);
-#pragma unroll
-      for (int n = 0; n < kEmitted; ++n) {
-        const int at = i + n * kThreads, o = first * P::kOutputs + at;
-        value[n] = 0;
-        if (outputs[n] < 0) continue;
-        const float scale = kGrouped || kBits == 16 ? 1.f : half_to_float(__ldg(c.residual_scale + o));
-        const float* from = sums + at % P::kOutputs * kSumStride + at / P::kOutputs;
 #pragma unroll 4
-        for (int r = 0; r < rows; ++r) value[n] += from[r * width];
-        value[n] *= step * scale;
+      for (int r = 0; r < filled; ++r) {
+#pragma unroll
+        for (int n = 0; n < kEmitted; ++n) value[n] += from[n][r * width];
       }
+#pragma unroll
+      for (int n = 0; n < kEmitted; ++n) value[n] *= step * scale[n];
       emit.put(outputs, value);
+      i += kEmitted * kThreads;
+      if (i < width * P::kOutputs) expect(i);
     }
-    emit.finish();  // what is still open would take registers from the next sums
     __syncthreads();  // the sums have been read
   }
 }
 
-// The instance of run-time bits and scales: call(bits, grouped), both integral constants.
-template <class Call>
-__device__ __forceinline__ void with_residual_format(const Compensation& c, Call call) {
-  const auto with_bits = [&](auto bits) {
-    if (c.groups > 1) {
-      call(bits, std::true_type());
-    } else {
-      call(bits, std::false_type());
-    }
-  };
-  switch (c.bits) {
+// The instance of run-time bits, an integral constant: call(bits). Residuals of 16 bits have no scales.
+template <bool kGrouped, class Call>
+__device__ __forceinline__ void with_residual_bits(int bits, Call call) {
+  switch (bits) {
     case 1:
-      return with_bits(std::integral_constant<int, 1>());
+      return call(std::integral_constant<int, 1>());
     case 2:
-      return with_bits(std::integral_constant<int, 2>());
+      return call(std::integral_constant<int, 2>());
     case 3:
-      return with_bits(std::integral_constant<int, 3>());
+      return call(std::integral_constant<int, 3>());
     case 4:
-      return with_bits(std::integral_constant<int, 4>());
+      return call(std::integral_constant<int, 4>());
     case 8:
-      return with_bits(std::integral_constant<int, 8>());
+      return call(std::integral_constant<int, 8>());
     default:
-      return call(std::integral_constant<int, 16>(), std::false_type());
+      if constexpr (!kGrouped) call(std::integral_constant<int, 16>());
   }
 }
 

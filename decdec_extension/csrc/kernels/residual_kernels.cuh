@@ -56,7 +56,6 @@ struct Stores {
       if (outputs[n] >= 0) store_element(out, first + outputs[n], dtype, values[n]);
     }
   }
-  __device__ __forceinline__ void finish() {}
 };
 
 // (batch, d_out) of given channels; block x of a row has a slice of the outputs. Indices outside 0..d_in-1 are skipped.
@@ -70,13 +69,16 @@ __global__ __launch_bounds__(kThreads) void residual_gemv_kernel(const void* x, 
   const auto find = [&](int i, float& factor) {
     const int channel = __ldg(mine + i);
     if (channel < 0 || channel >= d_in) return -1;
-    factor = row_factor(c, static_cast<const uint16_t*>(x)[row * d_in + channel], channel, dtype);
+    factor = row_factor(c, load_element(x, row * d_in + channel, dtype), channel);
     return channel;
   };
   // Found once and kept: a thread would find them again with every row, and wait for each.
   const bool kept = c.selected <= kMaxValues;
   float* values = shared_sums + 32 * kSumStride;
   uint16_t* channels = reinterpret_cast<uint16_t*>(values + c.selected);
+  for (int i = 64 * threadIdx.x; c.residual_scale && !kGrouped && i < d_out; i += 64 * kThreads) {
+    prefetch_far(c.residual_scale + i);
+  }
   for (int i = threadIdx.x; kept && i < c.selected; i += kThreads) channels[i] = uint16_t(find(i, values[i]));
   __syncthreads();
   residual_gemv<kBits, kGrouped>(

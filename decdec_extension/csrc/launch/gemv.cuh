@@ -7,9 +7,9 @@
 
 namespace decdec::cuda {
 
-template <Format kFormat, int kBits, int kRowPairs, bool kCompensated>
+template <Format kFormat, int kBits, int kRowPairs, Role kRole>
 void launch_gemv_kernel(const GemvParams& params, int shared_bytes, cudaStream_t stream) {
-  const auto kernel = gemv_kernel<kFormat, kBits, kRowPairs, kCompensated>;
+  const auto kernel = gemv_kernel<kFormat, kBits, kRowPairs, kRole>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
         "shared memory of the GEMV");
   // All of it as shared memory, so that blocks of two kernels fit, and never another split between two kernels.
@@ -30,10 +30,13 @@ void launch_gemv_kernel(const GemvParams& params, int shared_bytes, cudaStream_t
 
 template <Format kFormat, int kBits, int kRowPairs>
 void launch_gemv_rows(const GemvParams& params, int shared_bytes, cudaStream_t stream) {
-  if (params.compensation.n_tb > 0) {
-    launch_gemv_kernel<kFormat, kBits, kRowPairs, true>(params, shared_bytes, stream);
-  } else {
-    launch_gemv_kernel<kFormat, kBits, kRowPairs, false>(params, shared_bytes, stream);
+  switch (role_of(params.compensation)) {
+    case Role::kBase:
+      return launch_gemv_kernel<kFormat, kBits, kRowPairs, Role::kBase>(params, shared_bytes, stream);
+    case Role::kCompensated:
+      return launch_gemv_kernel<kFormat, kBits, kRowPairs, Role::kCompensated>(params, shared_bytes, stream);
+    case Role::kGrouped:
+      return launch_gemv_kernel<kFormat, kBits, kRowPairs, Role::kGrouped>(params, shared_bytes, stream);
   }
 }
 

@@ -11,11 +11,8 @@ constexpr int kReserved = 1024;      // bytes of shared memory a block that the 
 constexpr int kMaxPartials = 16384;  // bytes of the sums of a block's segments
 // From so many row tiles an SM on it takes two base blocks: there latency counts more than that the next kernel's
 // blocks find room (H100, 3 bits: 4096x28672, 13.6 tiles, 18.1 us instead of 19.7; 4096x6144, 2.9 tiles, 6.9 instead of
-// 6.4). Kernels that compensate have registers for one block (fused.cuh).
+// 6.4, in an earlier cut). Kernels that compensate have registers for one block (fused.cuh).
 constexpr int kManyTiles = 8;
-// Batches that a warp copies before the kernel ahead has ended: behind a second one the activations come later (H200, 3
-// bits: 4096x6144 6.6 us instead of 6.0).
-constexpr int kAhead = 1;
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 int round_up(int a, int b) { return ceil_div(a, b) * b; }
@@ -24,13 +21,12 @@ int round_up(int a, int b) { return ceil_div(a, b) * b; }
 // cannot be.
 bool fit(GemvPlan& plan, int budget, Format format, int bits, const Weights& weights, int batch, int max_panels) {
   const int units = ceil_div(weights.d_in, kUnitInputs), tiles = ceil_div(weights.d_out, kTileRows);
-  const int unit_batch = batch_units(format);
-  const int ring_bytes = kStages * kWarps * (unit_batch * bits * 128 + side_bytes(format, bits));
+  const int ring_bytes = stages(format, bits) * kWarps * (kBatchUnits * bits * 128 + side_bytes(format, bits));
   const int unit_bytes = batch * (kUnitBytes + (needs_sums(format, bits) ? kUnitSumBytes : 0));
   const int block_tiles = ceil_div(tiles, plan.blocks), tile_bytes = kTileRows * batch * 4;
   const int partial_bytes = (block_tiles + kWarps - 1) * tile_bytes;
   for (int panels = 1; panels <= max_panels; ++panels) {
-    plan.panel_units = round_up(ceil_div(units, panels), unit_batch);
+    plan.panel_units = round_up(ceil_div(units, panels), kBatchUnits);
     plan.panels = ceil_div(units, plan.panel_units);
     const int carry_bytes = plan.panels == 1 ? 0 : block_tiles * tile_bytes;
     plan.x_sums = batch * plan.panel_units * kUnitBytes;
@@ -56,7 +52,6 @@ GemvPlan plan_gemv(const Device& device, Format format, int bits, const Weights&
     plan.blocks = std::clamp(blocks_per_sm * device.sms - n_tb, std::max(1, ceil_div(tiles, most_tiles)), tiles);
     plan.tiles_each = tiles / plan.blocks;
     plan.tiles_more = tiles % plan.blocks;
-    plan.ahead = plan.early ? kAhead : 0;
     const int budget = std::min(device.shared_per_sm / shared_blocks - kReserved, device.shared_per_block);
     return fit(plan, budget, format, bits, weights, batch, max_panels);
   };
