@@ -43,7 +43,8 @@ class LayerRepair:
         """Which of ``rows`` ``(n, d_in)`` are nearer to the mean than to zero, bool ``(n, 1)``; None of a layer not centred."""
         if self.mean is None:
             return None
-        return (2 * (rows.float() @ self.mean) > self.mean @ self.mean)[:, None]
+        # Not as products with the mean, each of which would be one thread block's work on a GPU.
+        return (torch.sub(rows, self.mean, alpha=0.5) * self.mean).sum(-1, keepdim=True) > 0
 
     def add_to(self, product: Tensor, rows: Tensor, near: Tensor | None) -> Tensor:
         """``product`` ``(n, d_out)``, which is written over, with the repair of ``rows``: two small products on a GPU."""
