@@ -15,6 +15,7 @@ from decoder import Decoder
 
 GROUP_SIZE = 128  # of uniform weights
 CONTEXT = 8192
+ZEROS = 0x88  # a byte of two residual codes that stand for 0
 
 
 def random_decoder(name: str, bits: float, form: str, dtype: torch.dtype, device: torch.device,
@@ -63,7 +64,7 @@ def _random_packed(key: str, empty: Tensor, bits: int, device: torch.device) -> 
 
 
 def give_residuals(decoder: Decoder, where: str = "host") -> None:
-    """Give every layer a 4-bit residual and thresholds. On a GPU its rows are zeros: values do not matter for speed."""
+    """Give every layer thresholds and a 4-bit residual of zeros: values do not matter for speed while they are finite."""
     layers = list(hub.compensated_layers(decoder).values())
     shapes = [(layer.in_features, packing.residual_row_bytes(layer.out_features, 4)) for layer in layers]
     device = layers[0].qweight.device
@@ -73,7 +74,9 @@ def give_residuals(decoder: Decoder, where: str = "host") -> None:
         # Some machines' memory grows as it is used, so what is free now says little.
         rows = arena.pinned_rows(shapes, device, check_memory=False)
     else:
-        rows = [torch.zeros(shape, dtype=torch.uint8, device=device) for shape in shapes]
+        rows = [torch.empty(shape, dtype=torch.uint8, device=device) for shape in shapes]
+    for residual in rows:
+        residual.fill_(ZEROS)
     for layer, residual in zip(layers, rows):
         scale = torch.full((1, layer.out_features), 1e-3, dtype=torch.float16, device=device)
         layer.set_residual(residual, scale, 4, nested=False)
