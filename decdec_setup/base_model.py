@@ -4,6 +4,8 @@ A 70B model is larger than the memory that quantizing it should need. So the dec
 :meth:`BaseModel.block` reads one when it is at work.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,14 +85,14 @@ class BaseModel:
         """The stored tensors of one block by their names within it."""
         return {name: self.tensor(f"{self.prefix}.{index}.{name}") for name in self.blocks[index].state_dict()}
 
-    def outside(self) -> dict[str, Tensor]:
-        """Every stored tensor but the weights of the decoder's linear layers; a tied head is left out."""
+    def outside(self) -> dict[str, Callable[[], Tensor]]:
+        """What loads every stored tensor but the weights of the decoder's linear layers; a tied head is left out."""
         quantized = {f"{name}.weight" for name in self.linears()}
         kept, seen = {}, set()
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if name not in quantized and id(tensor) not in seen:
                 seen.add(id(tensor))
-                kept[name] = self.tensor(name)
+                kept[name] = partial(self.tensor, name)
         return kept
 
     def _open(self) -> None:

@@ -1,9 +1,10 @@
 """Times the setup stage on random weights of a known model's shape, and its memory; two sizes are run, the whole is scaled.
 
-The time does not depend on the values. A model of each number of blocks of --blocks is written to --scratch, and every step does
-its whole work on both: what the second takes more is a block's share, the rest comes once. With one number, that of the whole model,
-nothing is scaled. One JSON line a step is printed and appended to --out: seconds, peak bytes of the process (what it mapped of
-files counted in) and of the GPU.
+The time does not depend on the values. A model of each number of blocks of --blocks is written to --scratch, and every step
+does its whole work on both: what the second takes more is a block's share, the rest comes once. CPU memory that a few blocks do
+not show in proportion is counted: SqueezeLLM's block inputs that wait, and all residuals when the cheatsheet is written. With one
+number, that of the whole model, nothing is scaled. One JSON line a step is printed and appended to --out: seconds, peak bytes of
+the process (what it mapped of files counted in) and of the GPU.
 """
 
 import argparse
@@ -14,10 +15,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from decdec.errors import UserError, run
 from decdec.files import append_row, write_json
@@ -26,17 +27,20 @@ from decdec.tiny import save_tokenizer
 
 import squeezellm
 from cheatsheet import make_cheatsheet
+from parts import stream_tensors
 from quantize import METHODS, quantize
 from thresholds import make_thresholds
 
 STEPS = ("awq", "gptq", "squeezellm", "cheatsheet", "thresholds")
+HIDDEN_BYTES = squeezellm.HIDDEN_BYTES
 MODELS = NAMED | {"tiny": (256, 512, 2, 1, 4, 512)}
 
 
 def write_model(folder: Path, name: str, blocks: int) -> int:
     """Write a Llama of that shape with ``blocks`` blocks of random float16 weights, a file a block; returns a block's bytes.
 
-    Blocks that lie in ``folder`` already, of a smaller model, are kept.
+    Files that lie in ``folder`` already, of another number of blocks, are kept. All matrices come from one row of random values,
+    each from a place of its own, so that no two are alike: to draw and copy as many as a large model has takes longer than a step.
     """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -51,20 +55,22 @@ def write_model(folder: Path, name: str, blocks: int) -> int:
         parts = key.split(".")
         files.setdefault(f"block-{int(parts[2]):02d}.safetensors" if parts[1] == "layers" else "rest.safetensors", []).append(key)
     folder.mkdir(exist_ok=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for file, keys in files.items():
-        if not (folder / file).exists():
-            save_file({key: _random(state[key].shape, device) for key in keys}, folder / file, metadata={"format": "pt"})
+    missing = {file: keys for file, keys in files.items() if not (folder / file).exists()}
+    if missing:
+        sizes = [tensor.numel() for tensor in state.values()]
+        values = torch.randn(max(sizes) + len(sizes), device="cuda" if torch.cuda.is_available() else "cpu", dtype=torch.float16)
+        values = values.mul_(0.02).cpu()
+        places = {key: place for place, key in enumerate(state)}
+    for file, keys in missing.items():
+        stream_tensors(folder / file, {key: partial(_weight, state[key].shape, values[places[key]:]) for key in keys})
     write_json(folder / "model.safetensors.index.json", {"weight_map": {key: file for file, keys in files.items() for key in keys}})
     config.save_pretrained(folder)
     save_tokenizer(folder)
     return (folder / "block-00.safetensors").stat().st_size
 
 
-def _random(shape: torch.Size, device: str) -> torch.Tensor:
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.float16)
-    return torch.randn(shape, device=device, dtype=torch.float16).mul_(0.02).cpu()
+def _weight(shape: torch.Size, values: torch.Tensor) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.float16) if len(shape) == 1 else values[:shape.numel()].view(shape)
 
 
 class PeakMemory:
@@ -132,7 +138,6 @@ def main() -> None:
     steps = [step for step in STEPS if step in args.steps]
     if not set(steps) & set(METHODS):
         steps.insert(0, "rtn")  # whose folder the others read
-    limit = squeezellm.HIDDEN_BYTES
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         if cuda:  # what the first use of every library takes is no block's share
             write_model(Path(scratch, "tiny"), "tiny", 1)
@@ -149,10 +154,12 @@ def main() -> None:
         for step in steps:
             found = []
             for blocks in args.blocks:
-                squeezellm.HIDDEN_BYTES = limit * blocks // whole  # hidden states wait or are made again as in the whole model
-                work = step_of(step, Path(scratch, str(blocks)), Path(scratch, f"{blocks}-quantized"), args.bits, calibration, args.device)
-                found.append(measured(work, cuda))
-                print(f"{step} of {blocks} blocks: {found[-1][0]:.1f} s, {found[-1][1]:.2f} GB of CPU memory", file=sys.stderr, flush=True)
+                # Block inputs wait or are made again as in the whole model.
+                squeezellm.HIDDEN_BYTES = HIDDEN_BYTES * blocks // whole
+                source, out = Path(scratch, str(blocks)), Path(scratch, f"{blocks}-quantized")
+                found.append(measured(step_of(step, source, out, args.bits, calibration, args.device), cuda))
+                seconds, host, _ = found[-1]
+                print(f"{step} of {blocks} blocks: {seconds:.1f} s, {host:.2f} GB of CPU memory", file=sys.stderr, flush=True)
             if step in args.steps:
                 row = scaled(args, step, found, block_bytes, rest_bytes)
                 append_row(args.out, row)
@@ -160,21 +167,30 @@ def main() -> None:
                       f"{row['model_minutes_scaled']} minutes, {row['model_peak_host_gb_scaled']} GB of CPU memory", flush=True)
 
 
-def scaled(args: argparse.Namespace, step: str, found: list[tuple[float, float, float]], block_bytes: int, rest_bytes: int) -> dict:
+def scaled(args: argparse.Namespace, step: str, found: list[tuple[float, float, float]], block_bytes: int,
+           rest_bytes: int) -> dict:
     """The row of a step from what :func:`measured` gave for every size."""
-    blocks, many = MODELS[args.random_weights][4], args.blocks[-1]
+    hidden, blocks, many = MODELS[args.random_weights][0], MODELS[args.random_weights][4], args.blocks[-1]
     seconds, host, gpu = zip(*found)
+
+    def waiting(count: int) -> float:
+        size = 2 * args.samples * args.length * hidden
+        return squeezellm.waiting_bytes(count, size, HIDDEN_BYTES * count // blocks) / 1e9 if step == "squeezellm" else 0.0
+
+    rest = [peak - waiting(count) for peak, count in zip(host, args.blocks)]
     if len(found) == 2:
-        each, host_each = ((part[1] - part[0]) / (many - args.blocks[0]) for part in (seconds, host))
+        each, rest_each = ((part[1] - part[0]) / (many - args.blocks[0]) for part in (seconds, rest))
     else:
-        each, host_each = seconds[0] / many, 0.0
+        each, rest_each = seconds[0] / many, 0.0
+    # All residuals, a quarter of the weights' bytes, are in memory at the end; a few blocks' hide behind the layer at work.
+    least = block_bytes / 4e9 if step == "cheatsheet" else 0.0
     cuda = args.device.startswith("cuda")
     return {"bench": "setup", "step": step, "model": args.random_weights, "weights": "random", "bits": args.bits,
             "samples": args.samples, "length": args.length, "timed_blocks": args.blocks, "model_blocks": blocks,
             "seconds": [round(part, 2) for part in seconds], "seconds_a_block": round(each, 3),
             "model_minutes_scaled": round((seconds[-1] + each * (blocks - many)) / 60, 2),
             "peak_host_gb": [round(part, 2) for part in host],
-            "model_peak_host_gb_scaled": round(host[-1] + max(0.0, host_each) * (blocks - many), 2),
+            "model_peak_host_gb_scaled": round(rest[-1] + max(rest_each, least) * (blocks - many) + waiting(blocks), 2),
             "peak_gpu_gb": round(gpu[-1], 2), "model_gb": round((rest_bytes + blocks * block_bytes) / 1e9, 2),
             "block_gb": round(block_bytes / 1e9, 2),
             "device": torch.cuda.get_device_name() if cuda else f"cpu {platform.machine()}",

@@ -21,6 +21,12 @@ from decdec.models import decoder_blocks
 Result = TypeVar("Result")
 
 
+def in_float32(tensor: Tensor, device: torch.device, copy: bool = False) -> Tensor:
+    """``tensor`` on ``device``, in float32 unless it holds integers. Converted there: half the bytes cross, none wait here."""
+    moved = tensor.to(device)
+    return moved.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=copy)
+
+
 class _Reached(Exception):
     """The first block was reached: the rest of the model need not run."""
 
@@ -46,7 +52,7 @@ class BlockRunner:
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.requires_grad_(False)
             if id(tensor) not in inside:
-                tensor.data = tensor.data.to(self.device, torch.float32 if tensor.is_floating_point() else None)
+                tensor.data = in_float32(tensor.data, self.device)
         self._calls: list[tuple[tuple, dict]] = []
 
     def embed(self) -> list[Tensor]:
@@ -73,15 +79,15 @@ class BlockRunner:
         block, device = copy.deepcopy(self.blocks[index]), self.devices[index % len(self.devices)]
         if self._stored is not None:
             # Copied, since the caller works on the weights in place.
-            block.load_state_dict({name: tensor.to(device, torch.float32 if tensor.is_floating_point() else None, copy=True)
-                                   for name, tensor in self._stored(index).items()}, assign=True)
+            block.load_state_dict({name: in_float32(tensor, device, copy=True) for name, tensor in self._stored(index).items()},
+                                  assign=True)
         return block.to(device, torch.float32)
 
     def call(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """Output of block ``index`` (``block`` is it, or its copy) for one sample's hidden states, float32, on its device."""
         device = next(block.parameters()).device
         args, kwargs = self._calls[index] if device == self.device else _moved(self._calls[index], device)
-        hidden = hidden.to(device, torch.float32)
+        hidden = in_float32(hidden, device)
         output = block(*((hidden, *args[1:]) if args else ()), **(kwargs if args else kwargs | {"hidden_states": hidden}))
         output = output[0] if isinstance(output, tuple) else output
         if not bool(output.isfinite().all()):
@@ -99,7 +105,7 @@ class BlockRunner:
 
     def logits(self, hidden: Tensor, sample: Tensor) -> Tensor:
         """Logits ``(length, vocabulary)`` that follow from the last block's output ``hidden``."""
-        hidden = hidden.to(self.device, torch.float32)
+        hidden = in_float32(hidden, self.device)
         with self._pass_through(lambda index, value: hidden if index == len(self.blocks) - 1 else value):
             return self._forward(sample).logits[0]
 

@@ -103,7 +103,7 @@ class QuantizedFolder:
             for pattern in COPIED:
                 for file in base.folder.glob(pattern):
                     shutil.copyfile(file, folder / file.name)
-            rest = {name: partial(_scaled, name, tensor, scaling) for name, tensor in base.outside().items()}
+            rest = {name: partial(_scaled, name, load, scaling) for name, load in base.outside().items()}
             stream_tensors(folder / "model.safetensors", rest | packed)
             if scaling:
                 save_tensors(folder / SCALING, scaling)
@@ -116,7 +116,8 @@ class QuantizedFolder:
         return described
 
 
-def _scaled(name: str, tensor: Tensor, scaling: dict[str, Tensor]) -> Tensor:
+def _scaled(name: str, load: Callable[[], Tensor], scaling: dict[str, Tensor]) -> Tensor:
+    tensor = load()
     return scaled_state(name, tensor, scaling).to(tensor.dtype)
 
 

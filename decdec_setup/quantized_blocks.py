@@ -20,10 +20,10 @@ class QuantizedBlocks:
         self.folder, self.quant = Path(folder), read_quant_config(folder)
         self._dequantize = reference.codebook_dequantize if self.quant.format == "codebook" else reference.uniform_dequantize
         try:
-            self._file = safe_open(self.folder / "model.safetensors", framework="pt")
+            with safe_open(self.folder / "model.safetensors", framework="pt") as file:
+                self._stored = set(file.keys())
         except (SafetensorError, FileNotFoundError) as error:
             raise UserError(f"{self.folder / 'model.safetensors'}: expected the packed weights of a model ({error})") from None
-        self._stored = set(self._file.keys())
 
     def weight(self, layer: str, shape: tuple[int, int], device: str | torch.device = "cpu") -> Tensor:
         """The weight of ``layer``, float32, of the ``(d_out, d_in)`` that it has in the original."""
@@ -55,6 +55,8 @@ class QuantizedBlocks:
 
     def _tensor(self, name: str) -> Tensor:
         try:
-            return self._file.get_tensor(name)
+            # Opened each time: a file that stays open keeps every page that was read mapped, in the end all weights.
+            with safe_open(self.folder / "model.safetensors", framework="pt") as file:
+                return file.get_tensor(name)
         except SafetensorError as error:
             raise UserError(f"{self.folder}: expected the packed weights of this model ({error})") from None

@@ -12,6 +12,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,18 +21,19 @@ from tqdm import tqdm
 
 from decdec.artifacts import REPAIR, Repair, load_repair, read_quant_config, save_repair
 from decdec.errors import UserError, run
-from decdec.models import load_tokenizer, original_of
+from decdec.models import original_of
 from decdec.reference import CHUNK, chunk_counts
-from decdec.repair import LayerRepair
-from decdec.text import calibration_samples, load_text
+from decdec.repair import LayerRepair, flatten, unflatten
+from decdec.text import load_text
 
 from base_model import BaseModel
 from blocks import BlockRunner
+from calibrated import by_block, is_made
 from folder import local_folder
 from groups import Group, find_groups
 from parts import Parts
 from quantized_blocks import QuantizedBlocks
-from scaling import read_scaling, scaled_state
+from scaling import scaled_state
 
 CENTER = ("auto", "on", "off")
 HELD_OUT = 4  # one sample in so many is held out
@@ -124,9 +126,9 @@ def repair_group(residuals: dict[str, Tensor], fit: Tensor, held_out: Tensor, se
 
 
 @torch.no_grad()
-def repairs(runner: BlockRunner, scaling: dict[str, Tensor], quantized: QuantizedBlocks, settings: Settings,
-            todo: set[int]) -> Iterator[tuple[int, dict[str, LayerRepair]]]:
-    """Yield ``(block, {layer: repair})`` for the blocks in ``todo``, first block first."""
+def repairs(settings: Settings, runner: BlockRunner, scaling: dict[str, Tensor], quantized: QuantizedBlocks,
+            todo: set[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yield ``(block, {"LAYER.PART": tensor})`` for the blocks in ``todo``, first block first: the parts of their repairs."""
     hidden = runner.embed()
     for index in tqdm(range(max(todo) + 1), desc="repair", unit="block"):
         block = runner.copy_block(index)
@@ -143,7 +145,8 @@ def repairs(runner: BlockRunner, scaling: dict[str, Tensor], quantized: Quantize
         found: dict[str, LayerRepair] = {}
         for group, seen in zip(groups, inputs):
             found |= _of_group(group, seen, scaling, quantized, settings)
-        yield index, found
+        # Layers that share an input share a mean, which a file does not hold.
+        yield index, {name: tensor.cpu().clone() for name, tensor in flatten(found).items()}
 
 
 def _of_group(group: Group, seen: list[Tensor], scaling: dict[str, Tensor], quantized: QuantizedBlocks,
@@ -175,28 +178,12 @@ def make_repair(folder: str | Path, settings: Settings = Settings(), model: str 
                                       "seed": seed}
     out = folder / REPAIR
     parts = Parts.beside(out, {"weights": quant.weights_hash, "calibration": calibration})
-    if out.is_file():
-        try:
-            if load_repair(out, quant).calibration == calibration:
-                parts.clear()  # where a kill came just before
-                return None
-        except UserError:
-            pass  # made for other weights, or damaged: made again below
+    if is_made(out, load_repair, quant, calibration):
+        parts.clear()  # where a kill came just before
+        return None
     base = BaseModel(local_folder(model or original_of(folder, quant.base_model)))
-    count = len(base.blocks)
-    todo = {index for index in range(count) if not parts.has(index)}
-    if todo:
-        tokens = calibration_samples(documents, load_tokenizer(str(base.folder)), samples, length, seed)
-        runner = BlockRunner(base.model, tokens, device, base.block)
-        for index, found in repairs(runner, read_scaling(folder), QuantizedBlocks(folder), settings, todo):
-            parts.save(index, {f"{name}.{key}": tensor.cpu().clone() for name, repair in found.items()
-                               for key, tensor in vars(repair).items() if tensor is not None})
-    layers: dict[str, dict[str, Tensor]] = {}
-    for index in range(count):
-        for name, tensor in parts.load(index).items():
-            layer, _, key = name.rpartition(".")
-            layers.setdefault(layer, {})[key] = tensor
-    save_repair(out, Repair(calibration, {layer: LayerRepair(**tensors) for layer, tensors in layers.items()}), quant)
+    found = by_block(folder, base, documents, calibration, device, parts, partial(repairs, settings))
+    save_repair(out, Repair(calibration, unflatten(found)), quant)
     parts.clear()
     return out
 

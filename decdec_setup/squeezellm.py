@@ -17,7 +17,7 @@ from tqdm import tqdm
 from decdec.errors import UserError
 from decdec.packing import pack_codebook, pack_codes
 
-from blocks import BlockRunner, block_linears, in_turn
+from blocks import BlockRunner, block_linears, in_float32, in_turn
 
 CELLS = 96  # cells of the coarse grid: rows with no more distinct places than this are solved exactly
 ROWS_AT_ONCE = 128  # keeps the cost table of a chunk, ROWS_AT_ONCE * CELLS**2 floats, in a CPU's cache
@@ -39,7 +39,7 @@ def _prepared(runner: BlockRunner, bits: Sequence[int],
     """For each block in ``todo``, once the gradients went through it, what finds its codebooks."""
     count = len(runner.blocks)
     states = [state.cpu() for state in runner.embed()]
-    stride = _stride(count, sum(state.nbytes for state in states))
+    stride = _stride(count, sum(state.nbytes for state in states), HIDDEN_BYTES)
     kept = {0: states}  # inputs by block, in CPU memory: they wait for the way back
     for index in tqdm(range(count), desc="forward", unit="block"):
         states = _forward(runner, index, states)
@@ -47,6 +47,7 @@ def _prepared(runner: BlockRunner, bits: Sequence[int],
             kept[index + 1] = states
     gradients = [_loss_gradient(runner, state, sample) for state, sample in zip(states, runner.samples)]
     kept.pop(count, None)
+    del states
     for index in tqdm(range(count - 1, min(todo) - 1, -1), desc="backward and k-means", unit="block"):
         if index not in kept:
             for before in range(index - index % stride, index):
@@ -57,7 +58,7 @@ def _prepared(runner: BlockRunner, bits: Sequence[int],
         hooks = [module.register_forward_hook(_fisher_hook(fisher[name])) for name, module in linears.items()] \
             if index in todo else []
         for i, state in enumerate(kept.pop(index)):
-            state = state.to(runner.device, torch.float32).requires_grad_()
+            state = in_float32(state, runner.device).requires_grad_()
             output = runner.call(index, block, state)
             output.backward(gradients[i].to(output.device))
             gradients[i] = state.grad
@@ -72,9 +73,15 @@ def _forward(runner: BlockRunner, index: int, states: list[Tensor]) -> list[Tens
     return [state.cpu() for state in runner.advance(index, runner.copy_block(index), states)]
 
 
-def _stride(count: int, size: int) -> int:
-    """Every which block's inputs of ``size`` bytes are kept; those between are computed again where all would be too much."""
-    return 1 if count * size <= HIDDEN_BYTES else ceil(sqrt(count))
+def _stride(count: int, size: int, limit: int) -> int:
+    """Every which block's inputs of ``size`` bytes are kept; those between are made again where all would pass ``limit``."""
+    return 1 if count * size <= limit else ceil(sqrt(count))
+
+
+def waiting_bytes(count: int, size: int, limit: int) -> int:
+    """Bytes of block inputs that wait in CPU memory at most: those of ``count`` blocks kept, and one stride made again."""
+    stride = _stride(count, size, limit)
+    return (ceil(count / stride) + stride - 1) * size
 
 
 @torch.no_grad()
@@ -87,7 +94,7 @@ def _pack_block(index: int, linears: dict[str, nn.Linear], fisher: dict[str, Ten
 
 def _loss_gradient(runner: BlockRunner, hidden: Tensor, sample: Tensor) -> Tensor:
     """Gradient of the sample's summed next-token loss at the last block's output, float32."""
-    hidden = hidden.to(runner.device, torch.float32).requires_grad_()
+    hidden = in_float32(hidden, runner.device).requires_grad_()
     logits = runner.logits(hidden, sample)
     F.cross_entropy(logits[:-1].float(), sample[1:].to(logits.device), reduction="sum").backward()
     return hidden.grad

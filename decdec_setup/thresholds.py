@@ -17,17 +17,18 @@ from tqdm import tqdm
 
 from decdec.artifacts import STATISTICS, THRESHOLDS, Thresholds, load_thresholds, read_quant_config, save_thresholds
 from decdec.errors import UserError, run
-from decdec.models import load_tokenizer, original_of
+from decdec.models import original_of
 from decdec.original import save_original_thresholds
-from decdec.text import calibration_samples, load_text
+from decdec.text import load_text
 
 from base_model import BaseModel
 from blocks import BlockRunner, block_linears
+from calibrated import by_block, is_made
 from folder import local_folder
 from groups import find_groups
 from parts import Parts
 from quantized_blocks import QuantizedBlocks
-from scaling import read_scaling, scaled_state
+from scaling import scaled_state
 
 LAYOUTS = ("decdec", "original")
 
@@ -115,26 +116,14 @@ def make_thresholds(folder: str | Path, model: str | None = None, text: str = "c
     documents = load_text(text, "calibration")
     calibration = {"text": documents.name, "text_hash": documents.hash, "samples": samples, "length": length, "seed": seed}
     parts = Parts.beside(out, {"weights": quant.weights_hash, "calibration": calibration})
-    if layout == "decdec" and out.is_file():
-        try:
-            if load_thresholds(out, quant).calibration == calibration:
-                parts.clear()  # where a kill came just before
-                return None
-        except UserError:
-            pass  # made for other weights, or damaged: made again below
+    if layout == "decdec" and is_made(out, load_thresholds, quant, calibration):
+        parts.clear()  # where a kill came just before
+        return None
     base = BaseModel(local_folder(model or original_of(folder, quant.base_model)))
-    count = len(base.blocks)
-    todo = {index for index in range(count) if not parts.has(index)}
-    if todo:
-        tokens = calibration_samples(documents, load_tokenizer(str(base.folder)), samples, length, seed)
-        runner = BlockRunner(base.model, tokens, device, base.block)
-        for index, tensors in statistics(runner, read_scaling(folder), QuantizedBlocks(folder), todo):
-            parts.save(index, tensors)
     found: dict[str, dict[str, Tensor]] = {kind: {} for kind in STATISTICS}
-    for index in range(count):
-        for name, tensor in parts.load(index).items():
-            layer, _, kind = name.rpartition(".")
-            found[kind][layer] = tensor
+    for name, tensor in by_block(folder, base, documents, calibration, device, parts, statistics).items():
+        layer, _, kind = name.rpartition(".")
+        found[kind][layer] = tensor
     if layout == "original":
         save_original_thresholds(out, found["largest"], base.prefix)
     else:

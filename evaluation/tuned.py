@@ -2,7 +2,8 @@
 
 For every --plan (plan.json of autotuner/) and each of its targets: perplexity with the k_chunk chosen for each kind of layer, and
 the plan's time a token on its GPU, marked as measured, predicted from measured kernel times, simulated from data sheets, or
-simulated by the paper's law alone. The point without compensation comes first. One row a plan and target; a row that is there already is not measured again.
+simulated by the paper's law alone. The point without compensation comes first. One row a plan and target; a row that is there
+already is not measured again.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Times of the small CUDA ops of a decoding step, and of dequantization for prefill, at Llama-3-8B's sizes.
+"""Times of the small CUDA ops of a decoding step, of dequantization for prefill and of the static repair, at Llama-3-8B's sizes.
 
     python decode_ops.py --json results/h100_decode_ops.jsonl
 
@@ -13,16 +13,19 @@ import torch
 
 from decdec import decode_ops, files, ops, packing
 from decdec.errors import UserError, run
+from decdec.repair import LayerRepair
 from kernels import COLD_BYTES, MODELS, time_us
 
 HIDDEN, MLP, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 4096, 14336, 32, 8, 128, 128256
 PLACES = 8192
+REPAIR_RANK = 8
 LIVE = (16, 200, 256, 257, 1000, 4000, 8000)  # lengths at which attention is timed
 
 
 @dataclass(frozen=True)
 class Row:
-    """``size``: live places, width or weights; ``gbps``: what is read from memory, and written by dequantization."""
+    """``size``: live places, width or weights (of a repair, its layer's); ``gbps``: what is read from memory, and written by
+    dequantization."""
 
     bench: str
     size: int
@@ -70,6 +73,13 @@ def dequantization(form: str, bits: int, d_in: int, d_out: int) -> tuple[list, i
     return [lambda w=w: op(w, *tables, d_in, torch.float16) for w in words], words[0].nbytes + 2 * d_in * d_out
 
 
+def static_repair(centred: bool, d_in: int, d_out: int) -> tuple[list, int]:
+    x, out = half(1, d_in), half(1, d_out)
+    mean = (torch.randn(d_in, device="cuda"), half(d_out)) if centred else (None, None)
+    repairs = [LayerRepair(half(REPAIR_RANK, d_in), half(d_out, REPAIR_RANK), *mean) for _ in range(64)]
+    return [lambda r=r: r.add_to(out, x, r.near(x)) for r in repairs], sum(part.nbytes for part in repairs[0].tensors())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="ROWS.jsonl", help="append the rows")
@@ -85,6 +95,8 @@ def main() -> None:
               ("head fp16", VOCABULARY, head, (torch.float16,)), ("head int8", VOCABULARY, head, (torch.int8,))]
     cases += [(f"dequantize {form} {bits} bits", layer[0] * layer[1], dequantization, (form, bits, *layer))
               for form in ("codebook", "uniform") for bits in (3, 4) for layer in MODELS["llama-3-8b"].values()]
+    cases += [(f"static repair, rank {REPAIR_RANK}{', centred' * centred}", layer[0] * layer[1], static_repair, (centred, *layer))
+              for centred in (False, True) for layer in MODELS["llama-3-8b"].values()]
     print(f"{'op':32} {'size':>10} {'us':>8} {'spread':>7} {'GB/s':>7}")
     for name, size, make, given in cases:
         calls, moved = make(*given)

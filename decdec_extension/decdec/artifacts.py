@@ -10,7 +10,8 @@ With ``ordered`` there is ``NAME.order`` too, int32 ``(d_in,)``: packed input ``
 residuals and thresholds included, stays in natural order.
 
 Beside them lie ``cheatsheet.pt`` (the residuals), ``thresholds.pt`` (what calibration saw) and, if there is a static repair,
-``repair.pt`` and ``cheatsheet_repaired.pt`` (the residuals of what it leaves), each ``{"format": ..., "version": 1, "config": {...}, "tensors": {...}}``, in natural order, one entry per linear layer, never fused.
+``repair.pt`` and ``cheatsheet_repaired.pt`` (the residuals of what it leaves), each
+``{"format": ..., "version": 1, "config": {...}, "tensors": {...}}``, in natural order, one entry per linear layer, never fused.
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from decdec.errors import UserError
 from decdec.files import read_json, tensors_hash, write_torch
 from decdec.packing import BASE_BITS, RESIDUAL_BITS, RESIDUAL_LAYOUT_VERSION, TILE_LAYOUT_VERSION
 from decdec.reference import chunk_counts, residual_dequantize
-from decdec.repair import LayerRepair
+from decdec.repair import LayerRepair, flatten, unflatten
 
 QUANT_METHOD = "decdec"
 FORMATS = ("codebook", "uniform")
@@ -147,25 +148,17 @@ class Repair:
 
     @property
     def hash(self) -> str:
-        return tensors_hash(sorted(_repair_tensors(self).items()))
-
-
-def _repair_tensors(repair: Repair) -> dict[str, Tensor]:
-    return {f"{layer}.{key}": tensor for layer, parts in repair.layers.items() for key, tensor in vars(parts).items()
-            if tensor is not None}
+        return tensors_hash(sorted(flatten(self.layers).items()))
 
 
 def save_repair(path: str | Path, repair: Repair, quant: QuantConfig) -> None:
-    _save(path, "decdec.repair", _repair_tensors(repair), {"calibration": repair.calibration, "base_model": quant.base_model,
-                                                           "weights_hash": quant.weights_hash})
+    _save(path, "decdec.repair", flatten(repair.layers), {"calibration": repair.calibration, "base_model": quant.base_model,
+                                                          "weights_hash": quant.weights_hash})
 
 
 def load_repair(path: str | Path, quant: QuantConfig) -> Repair:
     config, tensors = _load(path, "decdec.repair", quant)
-    layers = dict.fromkeys(name.removesuffix(".down") for name in tensors if name.endswith(".down"))
-    keys = [field.name for field in fields(LayerRepair)]
-    return Repair(config.get("calibration", {}),
-                  {layer: LayerRepair(*(tensors.get(f"{layer}.{key}") for key in keys)) for layer in layers})
+    return Repair(config.get("calibration", {}), unflatten(tensors))
 
 
 @dataclass(frozen=True)

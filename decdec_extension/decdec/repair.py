@@ -8,8 +8,8 @@ of the error that is the same for every token. ``near(x)`` is 1 where x is neare
 of attention sinks, which the mean does not describe, are left alone, wherever they stand and without a layer knowing positions.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ class LayerRepair:
         """Which of ``rows`` ``(n, d_in)`` are nearer to the mean than to zero, bool ``(n, 1)``; None of a layer not centred."""
         if self.mean is None:
             return None
-        return (2 * (rows.float() @ self.mean) > self.mean @ self.mean)[:, None]
+        # Not as products with the mean, each of which would be one thread block's work on a GPU.
+        return (torch.sub(rows, self.mean, alpha=0.5) * self.mean).sum(-1, keepdim=True) > 0
 
     def add_to(self, product: Tensor, rows: Tensor, near: Tensor | None) -> Tensor:
         """``product`` ``(n, d_out)``, which is written over, with the repair of ``rows``: two small products on a GPU."""
@@ -52,6 +53,18 @@ class LayerRepair:
 
     def tensors(self) -> list[Tensor]:
         return [tensor for tensor in (self.down, self.up, self.mean, self.constant) if tensor is not None]
+
+
+def flatten(repairs: Mapping[str, LayerRepair]) -> dict[str, Tensor]:
+    """The repairs of layers by name as ``LAYER.PART``: tensor."""
+    return {f"{layer}.{part}": tensor for layer, repair in repairs.items() for part, tensor in vars(repair).items()
+            if tensor is not None}
+
+
+def unflatten(tensors: Mapping[str, Tensor]) -> dict[str, LayerRepair]:
+    """What :func:`flatten` made of repairs, as repairs again."""
+    layers = dict.fromkeys(name.removesuffix(".down") for name in tensors if name.endswith(".down"))
+    return {layer: LayerRepair(*(tensors.get(f"{layer}.{part.name}") for part in fields(LayerRepair))) for layer in layers}
 
 
 def join(repairs: Sequence[LayerRepair | None], widths: Sequence[int], d_in: int) -> LayerRepair | None:

@@ -1,4 +1,4 @@
-"""What the tests of several rooms share: running scripts as a user does, reading refusals, quick model folders."""
+"""What the tests of several rooms share: running scripts as a user does, reading refusals, quick model folders, logits."""
 
 import dataclasses
 import os
@@ -30,6 +30,28 @@ def poison_shared_memory(dtype: torch.dtype = torch.float16) -> None:
     """Leave NaN in the shared memory of the GPU's SMs, where the next kernel finds it unless it writes first."""
     filled = torch.full((2048, 2048), torch.nan, device="cuda", dtype=dtype)
     filled @ filled
+
+
+@torch.no_grad()
+def logits_of_hugging_face(model, tokens: Tensor, prompt: int) -> Tensor:
+    """Logits after the first ``prompt`` of ``tokens`` ``(T,)`` and after each later one, decoded one by one with Hugging Face's
+    own cache: float32 ``(T - prompt + 1, vocab)`` on the CPU."""
+    out = model(tokens[None, :prompt].to(model.device), use_cache=True)
+    rows = [out.logits[0, -1]]
+    for token in tokens[prompt:].to(model.device):
+        out = model(token.view(1, 1), past_key_values=out.past_key_values, use_cache=True)
+        rows.append(out.logits[0, -1])
+    return torch.stack(rows).float().cpu()
+
+
+def logits_of_decoder(decoder, tokens: Tensor, prompt: int) -> Tensor:
+    """The same of the runtime's decoder, step by step."""
+    tokens = tokens.to(decoder.embed.weight.device)
+    decoder.allocate(len(tokens))
+    rows = [decoder.prefill(tokens[:prompt])]
+    for position in range(prompt, len(tokens)):
+        rows.append(decoder.step(tokens[position:position + 1], torch.tensor([position], device=tokens.device)))
+    return torch.stack(rows).cpu()
 
 
 def quick_folder(model, folder: str | Path, form: str = "codebook", bits: int = 3, residual_bits: int = 4,

@@ -44,8 +44,9 @@ def load_text(source: str, part: str) -> Text:
     """Text for ``part`` ``"calibration"`` or ``"evaluation"`` (disjoint for all named sources).
 
     ``source``: ``wikitext`` (WikiText-2 raw; train / test), ``c4`` (first shard; train / validation), ``pileval`` (validation
-    split of the Pile, AWQ's calibration text; even / odd documents), ``pydoc`` (the topics of Python's own documentation), or a path: ``.jsonl`` (field ``text``), ``.raw`` (WikiText's raw format, rows joined as the
-    paper's harness joins the hub's rows), or any other text file as it is.
+    split of the Pile, AWQ's calibration text; even / odd documents), ``pydoc`` (the topics of Python's own documentation), or a
+    path: ``.jsonl`` (field ``text``), ``.raw`` (WikiText's raw format, rows joined as the paper's harness joins the hub's rows), or
+    any other text file as it is.
     """
     if part not in ("calibration", "evaluation"):
         raise ValueError(f"part: expected 'calibration' or 'evaluation', got {part!r}")
@@ -108,9 +109,12 @@ def _file(path: Path) -> Text:
         raise UserError(f"text: {path}: expected UTF-8 text") from None
     if path.suffix == ".jsonl":
         try:
-            documents = tuple(json.loads(line)["text"] for line in content.splitlines() if line.strip())
+            # Not splitlines(), which breaks lines at characters that a JSON string may hold.
+            documents = tuple(json.loads(line)["text"] for line in content.split("\n") if line.strip())
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise UserError(f"text: {path}: expected JSON lines with a field 'text'") from None
+            documents = (None,)
+        if not all(isinstance(document, str) for document in documents):
+            raise UserError(f"text: {path}: expected JSON lines with a field 'text'")
     elif path.suffix == ".raw":
         documents = tuple(line + "\n" if line.strip() else "" for line in content.split("\n")[:-1])
     else:

@@ -2,11 +2,9 @@ import pytest
 import torch
 
 from decdec.artifacts import load_cheatsheet, load_thresholds, read_quant_config
-from decdec.errors import UserError
 from decdec.files import append_row
 from decdec.models import decoder_linears, load_model, load_tokenizer
 from decdec.testing import run_script
-from decdec import text
 from decdec.text import calibration_samples, load_text
 
 import describe
@@ -66,57 +64,3 @@ def test_the_table_holds_every_byte_and_the_card_the_perplexity(finished, tmp_pa
     content = (finished / "README.md").read_text()
     assert "| some | 2 x 8 | 16 | 12.346 |" in content and "99.000" not in content and "base_model: tiny" in content
     assert "--method awq --bits 3 --group-size 64 --text pydoc --samples 3 --length 64 --seed 0" in content
-
-
-def test_a_long_text_is_drawn_from_by_the_seed(tiny, monkeypatch):
-    documents = tuple(f"{i:04d}" * 200 for i in range(100))
-    tokenizer = load_tokenizer(str(tiny))
-    whole = calibration_samples(text.Text("t", documents), tokenizer, 4, 16, 0)
-    monkeypatch.setattr(text, "CALIBRATION_CHARACTERS", 3000)
-    seen = []
-    windows = text.windows
-    monkeypatch.setattr(text, "windows", lambda source, *rest: seen.append(source) or windows(source, *rest))
-    drawn = [calibration_samples(text.Text("t", documents), tokenizer, 4, 16, seed) for seed in (0, 0, 1)]
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2]) and whole.shape == drawn[0].shape
-    assert len(seen[0].documents) == 4 and set(seen[0].documents) < set(documents)
-
-
-def test_drawn_samples_are_kept_by_tokenizer_text_and_settings(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("DECDEC_CACHE", str(tmp_path))
-    drawn = []
-    windows = text.windows
-    monkeypatch.setattr(text, "windows", lambda *args: drawn.append(args[0].name) or windows(*args))
-    one, other = (text.Text(name, (name * 500,)) for name in ("abc ", "xyz "))
-    tokenizer, second = load_tokenizer(str(tiny)), load_tokenizer(str(tiny))
-    second.add_tokens(["abc"])
-    wanted = calibration_samples(one, tokenizer, 3, 16, 0)
-    assert torch.equal(calibration_samples(one, tokenizer, 3, 16, 0), wanted) and drawn == ["abc "]
-    for arguments in ((other, tokenizer, 3, 16, 0), (one, second, 3, 16, 0), (one, tokenizer, 2, 16, 0),
-                      (one, tokenizer, 3, 15, 0), (one, tokenizer, 3, 16, 1)):
-        calibration_samples(*arguments)
-    assert len(drawn) == 6
-    for file in (tmp_path / "calibration").iterdir():
-        file.write_bytes(file.read_bytes()[:20])
-    assert torch.equal(calibration_samples(one, tokenizer, 3, 16, 0), wanted) and len(drawn) == 7
-    monkeypatch.setenv("DECDEC_CACHE", "/proc/none")
-    assert torch.equal(calibration_samples(one, tokenizer, 3, 16, 0), wanted) and len(drawn) == 8
-
-
-def test_texts_of_the_hub_carry_their_revision_and_parts_are_disjoint(monkeypatch):
-    import datasets
-
-    asked = {}
-
-    def load(repository, revision, **options):
-        asked.update(repository=repository, revision=revision, **options)
-        return {"text": [f"document {i}" for i in range(7)]}
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(text, "_revision", lambda repository: "0123456789abcdef" if "pile" in repository else None)
-    calibration, evaluation = (load_text("pileval", part) for part in ("calibration", "evaluation"))
-    assert asked["revision"] == "0123456789abcdef" and calibration.name == "pileval-calibration@0123456789ab"
-    assert not set(calibration.documents) & set(evaluation.documents) and len(calibration.documents + evaluation.documents) == 7
-    assert load_text("c4", "calibration").name == "c4-train-0"
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: 1 / 0)
-    with pytest.raises(UserError, match="pileval could not be loaded from the hub"):
-        load_text("pileval", "calibration")

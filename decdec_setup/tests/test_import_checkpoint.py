@@ -1,9 +1,8 @@
-"""Checkpoints of other programs, written here from their published layouts: read to the last code, and compensated."""
+"""Checkpoints of other programs, written from their published layouts: read to the last code, and compensated."""
 
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,139 +13,16 @@ import decdec.quantizer  # noqa: F401  (registers the method)
 from decdec import hub, models
 from decdec.artifacts import read_quant_config
 from decdec.errors import UserError
-from decdec.linear import Compensation, CompensatedLinear
+from decdec.linear import Compensation
 from decdec.testing import run_script
 
 import import_checkpoint as script
 from cheatsheet import make_cheatsheet
 from describe import describe
+from foreign_layouts import EVERYTHING, IDS, awq, compressed, gptq, hqq, logits, scheme, settings, write
 from import_checkpoint import import_checkpoint
 from runtime import Runtime
 from thresholds import make_thresholds
-
-IDS = torch.arange(2, 26)[None]
-SIZE = 64  # of a group
-EVERYTHING = Compensation(1024, "exact", prefill=True)
-
-
-def words_of(codes):
-    """Rows of unsigned codes as int32 words, each bit where the published layouts have it: lowest first, no gaps."""
-    codes, bits = codes
-    stream = (codes.numpy()[:, :, None] >> np.arange(bits)) & 1
-    stream = stream.reshape(len(codes), -1)
-    padded = np.pad(stream, ((0, 0), (0, -stream.shape[1] % 32))).astype(np.uint8)
-    return torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view(np.int32).copy())
-
-
-def rounded(weight, bits, symmetric=False, order=None):
-    """Codes ``(d_out, d_in)``, scales and zeros ``(d_out, groups)`` of groups in ``order``, and the weight."""
-    order = torch.arange(weight.shape[1]) if order is None else order
-    grouped = weight[:, order].reshape(len(weight), -1, SIZE)
-    low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
-    if symmetric:
-        high = torch.maximum(high, -low)
-        low = -high
-    scales = ((high - low) / (2**bits - 1)).clamp(min=1e-4).half().float()
-    zeros = torch.full_like(scales, 2**(bits - 1)) if symmetric else (-low / scales).round().clamp(0, 2**bits - 1)
-    codes = (grouped / scales[..., None] + zeros[..., None]).round().clamp(0, 2**bits - 1)
-    dense = torch.empty_like(weight)
-    dense[:, order] = ((codes - zeros[..., None]) * scales[..., None]).flatten(1)
-    natural = torch.empty_like(weight)
-    natural[:, order] = codes.flatten(1)
-    return natural.to(torch.int64), scales, zeros, dense
-
-
-def gptq(name, weight, bits, act_order=False, first_version=True):
-    order = torch.randperm(weight.shape[1]) if act_order else torch.arange(weight.shape[1])
-    codes, scales, zeros, dense = rounded(weight, bits, order=order)
-    group_of = torch.empty(weight.shape[1], dtype=torch.int32)
-    group_of[order] = torch.arange(weight.shape[1], dtype=torch.int32) // SIZE
-    zeros = zeros.t().to(torch.int64)
-    if not first_version:
-        qzeros = words_of((zeros, bits))
-    elif bits == 3:
-        qzeros = words_of(((zeros - 1) % 8, 3))
-    else:  # one less in every field, by one subtraction a word
-        qzeros = words_of((zeros, bits)) - words_of((torch.ones_like(zeros), bits))
-    return {f"{name}.qweight": words_of((codes, bits)).t(), f"{name}.qzeros": qzeros,
-            f"{name}.scales": scales.t().half(), f"{name}.g_idx": group_of}, dense
-
-
-def awq(name, weight, bits, gemv=False):
-    codes, scales, zeros, dense = rounded(weight, bits)
-    zeros = zeros.to(torch.int64)
-    if gemv:
-        padded = torch.nn.functional.pad(scales, (0, -scales.shape[1] % 8))
-        return {f"{name}.qweight": words_of((codes, 4)), f"{name}.qzeros": words_of((zeros, 4)),
-                f"{name}.scales": padded.half()}, dense
-    nibbles = [0, 2, 4, 6, 1, 3, 5, 7]  # the output that lies in each nibble of a word
-    take = torch.arange(len(weight)).view(-1, 8)[:, nibbles].flatten()
-    return {f"{name}.qweight": words_of((codes[take].t(), 4)), f"{name}.qzeros": words_of((zeros[take].t(), 4)),
-            f"{name}.scales": scales.t().half()}, dense
-
-
-def hqq(name, weight, bits):
-    codes, scales, _, _ = rounded(weight, bits)
-    zeros = (torch.rand_like(scales) * 2**bits).half().float()  # any number, not only integers
-    dense = (codes - zeros.repeat_interleave(SIZE, 1)) * scales.repeat_interleave(SIZE, 1)
-    rows = codes.reshape(-1, SIZE)
-    parts = {4: 2, 3: 10, 2: 4}[bits]
-    rows = torch.cat([rows, rows.new_zeros(-len(rows) % parts, SIZE)]).view(parts, -1, SIZE)
-    words = sum(part << bits * (parts - 1 - number) for number, part in enumerate(rows))
-    stored = {"W_q": words.to(torch.int32 if bits == 3 else torch.uint8), "scale": scales.half().view(-1, 1),
-              "zero": zeros.half().view(-1, 1), "nbits": torch.tensor(bits), "axis": torch.tensor(1),
-              "shape": torch.tensor(weight.shape), "group_size": torch.tensor(SIZE), "quant_scale": torch.tensor(0),
-              "packing": torch.tensor([*b"4bit_u8"], dtype=torch.uint8), "view_as_float": torch.tensor(0)}
-    return {f"{name}.{key}": tensor for key, tensor in stored.items()}, dense
-
-
-def compressed(name, weight, bits, symmetric=True, packed=True):
-    codes, scales, zeros, dense = rounded(weight, bits, symmetric)
-    stored = {f"{name}.weight_scale": scales.half(), f"{name}.weight_shape": torch.tensor(weight.shape)}
-    if packed:
-        stored[f"{name}.weight_packed"] = words_of((codes, bits))
-    else:
-        stored[f"{name}.weight"] = (codes - 2**(bits - 1)).to(torch.int8)
-    if not symmetric:
-        point = zeros.to(torch.int64)
-        stored[f"{name}.weight_zero_point"] = (words_of((point.t(), bits)).t() if packed else
-                                               (point - 2**(bits - 1)).to(torch.int8))
-    return stored, dense
-
-
-def scheme(bits, **more):
-    return {"targets": ["Linear"], "weights": {"num_bits": bits, "type": "int", "strategy": "group", "group_size": SIZE,
-                                               **more}}
-
-
-def settings(method, bits):
-    """The quantization config that such a folder has."""
-    plain = {"quant_method": method, "bits": bits, "group_size": SIZE}
-    return {"hqq": {"quant_method": method, "quant_config": {"weight_quant_params": {"nbits": bits}}},
-            "compressed-tensors": {"quant_method": method, "format": "pack-quantized",
-                                   "config_groups": {"group_0": scheme(bits)}}}.get(method, plain)
-
-
-def write(source, out, pack, config, model=None):
-    """The folder that another program would write of ``source``; returns the dense model that it stands for."""
-    model = model or models.load_model(str(source), torch.float32)
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    for name, linear in models.decoder_linears(model).items():
-        stored, dense = pack(name, tensors.pop(f"{name}.weight"))
-        tensors |= {key: tensor.contiguous() for key, tensor in stored.items()}
-        linear.weight.data.copy_(dense)
-    shutil.copytree(source, out, ignore=shutil.ignore_patterns("model.safetensors"))
-    halved = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in tensors.items()}
-    save_file(halved, out / "model.safetensors")
-    content = json.loads((out / "config.json").read_text()) | {"quantization_config": config}
-    (out / "config.json").write_text(json.dumps(content))
-    return model
-
-
-@torch.no_grad()
-def logits(model):
-    return model(IDS, use_cache=False).logits
-
 
 CASES = [("gptq", 4, gptq, {}), ("gptq", 3, gptq, {}), ("gptq", 2, gptq, {}),
          ("gptq", 3, gptq, {"first_version": False}), ("gptq", 4, gptq, {"act_order": True}),
@@ -274,79 +150,6 @@ def test_layers_of_eight_bits_are_kept_dequantized(tiny, tmp_path):
         assert_close(logits(model), logits(want), rtol=1e-2, atol=1e-2)
         hub.set_compensation(model, Compensation(8, "exact"))
         assert len(hub.compensated_layers(model)) == 12
-
-
-def test_the_library_of_compressed_tensors_is_read_as_it_reads_itself(tiny, tmp_path):
-    library = pytest.importorskip("compressed_tensors")
-    from compressed_tensors.compressors import PackedQuantizationCompressor
-    from compressed_tensors.quantization import QuantizationScheme
-
-    for bits, symmetric in ((4, True), (4, False), (3, False), (2, True)):
-        plan = QuantizationScheme(**scheme(bits, symmetric=symmetric))
-
-        def pack(name, weight):
-            _, scales, zeros, _ = rounded(weight, bits, symmetric)
-            given = {"weight": weight, "weight_scale": scales,
-                     "weight_zero_point": (zeros - 2**(bits - 1)).to(torch.int8)}
-            stored = PackedQuantizationCompressor.compress(given, plan)
-            return ({f"{name}.{key}": tensor for key, tensor in stored.items()},
-                    PackedQuantizationCompressor.decompress(stored, plan)["weight"])
-
-        foreign, out = tmp_path / f"foreign{bits}{symmetric}", tmp_path / f"out{bits}{symmetric}"
-        want = write(tiny, foreign, pack, settings("compressed-tensors", bits) | {"version": library.__version__})
-        import_checkpoint(str(foreign), out)
-        model = hub.load(out)
-        for name, linear in models.decoder_linears(want).items():
-            assert_close(model.get_submodule(name).dequantize(torch.float32), linear.weight, rtol=1e-3, atol=1e-5)
-
-
-def test_a_checkpoint_in_the_hands_of_its_library_is_compensated_beside_it(tiny, tmp_path):
-    pytest.importorskip("compressed_tensors")
-    config = settings("compressed-tensors", 4) | {"quantization_status": "compressed", "ignore": ["lm_head"]}
-    want = write(tiny, tmp_path / "foreign", lambda name, weight: compressed(name, weight, 4), config)
-    out = tmp_path / "out"
-    import_checkpoint(str(tmp_path / "foreign"), out, str(tiny))
-    make_cheatsheet(out)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "foreign", dtype=torch.float32)
-    assert "model.layers.0.mlp.up_proj.weight_packed" in theirs.state_dict()
-    hub.attach(theirs, out)
-    ours = hub.load(out)
-    for setting in (Compensation(), EVERYTHING):
-        for model in (theirs, ours):
-            hub.set_compensation(model, setting)
-        assert_close(logits(theirs), logits(ours), rtol=1e-3, atol=1e-3)
-        assert ((logits(theirs) - logits(want)).abs().max() > 0.01) == (setting.k_chunk > 0)
-    assert not any(isinstance(module, CompensatedLinear) for module in theirs.modules())
-
-
-@pytest.mark.parametrize("bits", [4, 3, 2])
-def test_the_library_of_hqq_is_read_as_it_reads_itself_and_compensated_beside_it(tiny, tmp_path, bits):
-    library = pytest.importorskip("hqq.core.quantize")
-    layers = {}
-
-    def pack(name, weight):
-        linear = torch.nn.Linear(weight.shape[1], len(weight), bias=False)
-        linear.weight.data.copy_(weight)
-        config = library.BaseQuantizeConfig(nbits=bits, group_size=SIZE, axis=1)
-        layer = layers[name] = library.HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu")
-        stored = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items() if isinstance(tensor, torch.Tensor)}
-        return stored, layer.dequantize()
-
-    theirs = write(tiny, tmp_path / "foreign", pack, settings("hqq", bits))
-    out = tmp_path / "out"
-    import_checkpoint(str(tmp_path / "foreign"), out, str(tiny))
-    make_cheatsheet(out)
-    want = logits(theirs)
-    for name, layer in layers.items():
-        hub.replace(theirs, name, layer)
-    assert_close(logits(theirs), want, rtol=1e-3, atol=1e-3)
-    ours = hub.load(out)
-    assert_close(logits(ours), want, rtol=1e-2, atol=1e-2)
-    hub.attach(theirs, out)
-    for model in (theirs, ours):
-        hub.set_compensation(model, EVERYTHING)
-    assert_close(logits(theirs), logits(ours), rtol=1e-2, atol=1e-2)
-    assert (logits(theirs) - want).abs().max() > 0.01
 
 
 def edit(folder, add=None, drop=None, **changes):

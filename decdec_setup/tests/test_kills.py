@@ -1,6 +1,7 @@
 """SIGKILL at random moments, and run again: the files are those of an uninterrupted run, and nothing else is left.
 
-By hand, with more kills: ``KILLS=20 pytest decdec_setup/tests/test_kills.py``; ``METHODS`` chooses among awq, gptq, rtn, squeezellm, mixed.
+By hand, with more kills: ``KILLS=20 pytest decdec_setup/tests/test_kills.py``; ``METHODS`` chooses among awq, gptq, rtn,
+squeezellm, mixed.
 """
 
 import os

@@ -101,7 +101,7 @@ def test_text_shorter_than_asked_is_refused(odd, calibration, tmp_path):
         with pytest.raises(UserError, match="short.txt has 26 tokens; 1 windows of 64 need 64") as caught:
             attempt()
         assert "\n" not in str(caught.value)
-    assert not (out / "config.json").exists() and not (tmp_path / "w3" / "thresholds.pt").exists() and not (tmp_path / "map.json").exists()
+    assert not any(path.exists() for path in (out / "config.json", tmp_path / "w3" / "thresholds.pt", tmp_path / "map.json"))
 
 
 def test_groups_that_do_not_divide_the_inputs_are_refused(odd, calibration, tmp_path):

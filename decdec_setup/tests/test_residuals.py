@@ -9,8 +9,10 @@ from decdec.models import decoder_linears, load_model
 from decdec.original import load_original_cheatsheet, load_original_thresholds, save_original_thresholds
 from decdec.packing import unpack_residual
 from decdec.residual import fit_interval, pack_layer, quantize_nested
+from decdec.testing import run_script
 
-from cheatsheet import make_cheatsheet, make_from_two_folders
+import cheatsheet
+from cheatsheet import make_cheatsheet
 from scaling import read_scaling, scale_model
 
 
@@ -151,9 +153,13 @@ def test_two_folders_give_the_same_cheatsheet_as_the_packed_one(tiny, quantized,
                                                            module.in_features, torch.float32)
     fake.save_pretrained(tmp_path / "fake")
     one = torch.load(make_cheatsheet(folder, out=tmp_path / "one.pt"), weights_only=True)
-    two = torch.load(make_from_two_folders(str(tiny), str(tmp_path / "fake"), tmp_path / "two.pt"), weights_only=True)
+    done = run_script(cheatsheet.__file__, "--original", tiny, "--quantized", tmp_path / "fake", "--out", tmp_path / "two.pt")
+    assert done.returncode == 0, done.stderr
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
     assert one["tensors"].keys() == two["tensors"].keys()
     assert all(torch.equal(one["tensors"][name], two["tensors"][name]) for name in one["tensors"])
+    refused = run_script(cheatsheet.__file__, folder, "--original", tiny)
+    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith("error: expected FOLDER, or --original, --quantized")
 
 
 def test_originals_layout_is_as_its_program_reads_it_and_comes_back(quantized, tmp_path):

@@ -1,3 +1,4 @@
+import json
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from decdec.testing import run_script
 
 from benchmark_quantize import scaled
 from cheatsheet import make_cheatsheet, make_from_two_folders
-from convert_gguf import convert
 from parts import Parts
 from quantize import quantize
 from thresholds import make_thresholds
@@ -115,18 +115,6 @@ def test_mistakes_in_cheatsheet_and_thresholds_are_told(calibration, tiny, quant
     assert not out.exists() and not list(tmp_path.glob(".out*"))
 
 
-def test_convert_tells_what_is_no_gguf(tmp_path):
-    with pytest.raises(UserError, match="expected a file"):
-        convert(tmp_path / "none.gguf", tmp_path / "out")
-    (tmp_path / "fake.gguf").write_bytes(b"GGUX" + bytes(100))
-    with pytest.raises(UserError, match="expected a GGUF file"):
-        convert(tmp_path / "fake.gguf", tmp_path / "out")
-    (tmp_path / "short.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(3))
-    with pytest.raises(UserError, match="could not be read"):
-        convert(tmp_path / "short.gguf", tmp_path / "out")
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
-
-
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch):
     def fail(content, file):
         file.write(bytes(100))
@@ -178,10 +166,20 @@ def test_the_benchmark_scales_to_the_whole_model(tmp_path):
     assert "error: blocks: expected" in run_script(ROOM / "benchmark_quantize.py", "--blocks", "2", "2").stderr
 
 
-@pytest.mark.parametrize("blocks, found, seconds, gigabytes", [([1, 3], [(5, 2.0, 0), (9, 3.0, 0)], 5 + 3 * 2, 3.5),
-                                                               ([4], [(8, 3.0, 0)], 8, 3.0)])
-def test_a_row_of_the_benchmark(blocks, found, seconds, gigabytes):
-    args = SimpleNamespace(random_weights="tiny", blocks=blocks, bits=3, samples=2, length=32, device="cpu")
-    row = scaled(args, "awq", found, 10**9, 2 * 10**9)
+def test_the_benchmark_of_the_search_finds_no_difference():
+    done = run_script(ROOM / "benchmark_cheatsheet.py", "--d-out", "40", "--d-in", "300")
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    assert (row["d_out"], row["rows_that_differ"]) == (40, 0) and row["vectorised_s"] < row["rows_one_by_one_s"]
+
+
+@pytest.mark.parametrize("step, blocks, found, seconds, gigabytes", [
+    ("awq", [1, 3], [(5, 2.0, 0), (9, 3.0, 0)], 5 + 3 * 2, 3.5), ("awq", [4], [(8, 3.0, 0)], 8, 3.0),
+    ("cheatsheet", [1, 3], [(5, 3.0, 0), (9, 3.1, 0)], 5 + 3 * 2, 3.1 + 0.25),  # a quarter of a gigabyte a block
+    # Of 2 GB each, one input waits in a model of one block, two in one of two, three in one of four: 2, and 2 + 1 between.
+    ("squeezellm", [1, 2], [(5, 3.0, 0), (7, 5.5, 0)], 5 + 3 * 2, 1.5 + 2 * 0.5 + 3 * 2)])
+def test_a_row_of_the_benchmark(step, blocks, found, seconds, gigabytes):
+    args = SimpleNamespace(random_weights="tiny", blocks=blocks, bits=3, samples=78125, length=50, device="cpu")
+    row = scaled(args, step, found, 10**9, 2 * 10**9)
     assert row["seconds_a_block"] == 2 and row["model_minutes_scaled"] == pytest.approx(seconds / 60, abs=0.01)
     assert row["model_peak_host_gb_scaled"] == gigabytes and row["model_gb"] == 6

@@ -1,9 +1,11 @@
 """Blocks given to several devices in turn, and inputs computed again to save memory: the same tensors as without."""
 
 import threading
+import weakref
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from decdec.models import load_model, load_tokenizer
 from decdec.text import calibration_samples, load_text
@@ -55,6 +57,30 @@ def test_two_devices_and_inputs_made_again_change_nothing(tiny, method, monkeypa
     for index, tensors in wanted.items():
         assert tensors.keys() == found[index].keys()
         assert all(torch.equal(tensor, found[index][name]) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 7])
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_no_more_inputs_wait_than_counted(count, limit, monkeypatch):
+    config = LlamaConfig(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=count, vocab_size=64)
+    runner = BlockRunner(AutoModelForCausalLM.from_config(config), torch.arange(16).view(1, 16))
+    made, alive = [], []
+    forward, embed, copy_block = squeezellm._forward, runner.embed, runner.copy_block
+
+    def remember(states):
+        made.append(weakref.ref(states[0]))
+        return states
+
+    def counted(index):
+        alive.append(sum(state() is not None for state in made))
+        return copy_block(index)
+
+    monkeypatch.setattr(squeezellm, "HIDDEN_BYTES", limit)
+    monkeypatch.setattr(squeezellm, "_forward", lambda *args: remember(forward(*args)))
+    monkeypatch.setattr(runner, "embed", lambda: remember(embed()))
+    monkeypatch.setattr(runner, "copy_block", counted)
+    assert len(list(squeezellm.quantize_blocks(runner, [3] * count, set(range(count))))) == count
+    assert max(alive) == squeezellm.waiting_bytes(count, 1, limit)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

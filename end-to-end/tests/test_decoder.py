@@ -9,7 +9,7 @@ import decoder as decoder_module
 from decdec import hub
 from decdec.errors import UserError
 from decdec.linear import Compensation
-from decdec.testing import add_repair, quick_folder
+from decdec.testing import add_repair, logits_of_decoder, logits_of_hugging_face, quick_folder
 from decoder import Decoder
 from generation import Timing, generate
 from random_model import random_model
@@ -49,25 +49,6 @@ def original(shape="llama"):
         if name.endswith("bias") or "norm" in name:
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
     return model.eval()
-
-
-@torch.no_grad()
-def logits_of_hugging_face(model, tokens, prompt):
-    """Logits after the prompt and after each later token, decoding one by one with Hugging Face's own cache."""
-    out = model(tokens[None, :prompt], use_cache=True)
-    rows = [out.logits[0, -1]]
-    for token in tokens[prompt:]:
-        out = model(token.view(1, 1), past_key_values=out.past_key_values, use_cache=True)
-        rows.append(out.logits[0, -1])
-    return torch.stack(rows).float()
-
-
-def logits_of_decoder(decoder, tokens, prompt):
-    decoder.allocate(len(tokens))
-    rows = [decoder.prefill(tokens[:prompt])]
-    for position in range(prompt, len(tokens)):
-        rows.append(decoder.step(tokens[position:position + 1], torch.tensor([position])))
-    return torch.stack(rows)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

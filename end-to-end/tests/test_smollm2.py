@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from decdec import hub, models
 from decdec.linear import Compensation
+from decdec.testing import logits_of_decoder, logits_of_hugging_face
 from decoder import Decoder
 from generation import generate
 from stepper import Stepper
@@ -16,25 +17,6 @@ MODELS = Path(__file__).parents[2] / "models"
 ORIGINAL = MODELS / "SmolLM2-135M-Instruct"
 FOLDERS = [MODELS / f"SmolLM2-135M-Instruct-{method}-w3" for method in ("squeezellm", "awq")]
 TEXT = "The three most important things about the Python language are its readability and the community around it."
-
-
-@torch.no_grad()
-def of_hugging_face(model, ids, prompt):
-    """Logits after the prompt and after each later token, float32 on the CPU."""
-    out = model(ids[None, :prompt], use_cache=True)
-    rows = [out.logits[0, -1]]
-    for token in ids[prompt:]:
-        out = model(token.view(1, 1), past_key_values=out.past_key_values, use_cache=True)
-        rows.append(out.logits[0, -1])
-    return torch.stack(rows).float().cpu()
-
-
-def of_decoder(decoder, ids, prompt):
-    decoder.allocate(len(ids))
-    rows = [decoder.prefill(ids[:prompt])]
-    for position in range(prompt, len(ids)):
-        rows.append(decoder.step(ids[position:position + 1], torch.tensor([position], device=ids.device)))
-    return torch.stack(rows).cpu()
 
 
 def need(folder):
@@ -49,11 +31,12 @@ def test_logits_and_text_equal_hugging_face(folder):
     load = (lambda: models.load_model(str(folder), torch.float32)) if folder == ORIGINAL else (lambda: hub.load(folder))
     model, decoder = load(), Decoder(load())
     ids = models.load_tokenizer(str(folder))(TEXT, return_tensors="pt").input_ids[0]
+    prompt = len(ids) - 4
     after_first = []
     for k_chunk in (0,) if folder == ORIGINAL else (0, 8, 1024):
         for part in (model, decoder):
             hub.set_compensation(part, Compensation(k_chunk))
-        theirs, ours = of_hugging_face(model, ids, len(ids) - 4), of_decoder(decoder, ids, len(ids) - 4)
+        theirs, ours = logits_of_hugging_face(model, ids, prompt), logits_of_decoder(decoder, ids, prompt)
         assert_close(ours, theirs, rtol=1e-4, atol=2e-3)
         after_first.append(ours[1])
         want = model.generate(ids[None], attention_mask=torch.ones_like(ids[None]), max_new_tokens=8, do_sample=False,
@@ -69,12 +52,13 @@ def test_logits_on_a_gpu_are_as_near_to_exact_ones_as_hugging_face(folder):
     exact, model = hub.load(folder), hub.load(folder, torch.float16, device="cuda")
     decoder = Decoder(hub.load(folder, torch.float16)).cuda()
     ids = models.load_tokenizer(str(folder))(TEXT, return_tensors="pt").input_ids[0]
-    base = of_hugging_face(exact, ids, len(ids) - 4)
+    prompt = len(ids) - 4
+    base = logits_of_hugging_face(exact, ids, prompt)
     for setting in (Compensation(), Compensation(8), Compensation(16, "exact"), Compensation(1024, "exact")):
         for part in (exact, model, decoder):
             hub.set_compensation(part, setting)
-        want = of_hugging_face(exact, ids, len(ids) - 4)
-        theirs, ours = of_hugging_face(model, ids.cuda(), len(ids) - 4), of_decoder(decoder, ids.cuda(), len(ids) - 4)
+        want = logits_of_hugging_face(exact, ids, prompt)
+        theirs, ours = logits_of_hugging_face(model, ids, prompt), logits_of_decoder(decoder, ids, prompt)
         if 0 < setting.k_chunk < 1024:  # in 120 layers rounding tips some selection of every token, for either
             assert (ours - want).norm() < max(2 * (theirs - want).norm(), 0.6 * (base - want).norm()), setting
         else:

@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import time_plans
 
 from decdec.plan import Choice, Device, Plan, Tuned, save_plan
 from decdec.testing import refused, run_script
@@ -20,23 +22,33 @@ def plan(tmp_path) -> str:
     return str(tmp_path / "some.json")
 
 
-def time_plans(folder, *lines):
+def timed(folder, *lines):
     return run_script(SCRIPT, "--model", folder, "--device", "cpu", "--prompt-tokens", 2, "--new-tokens", 3,
                       input="".join(f"{line}\n" for line in lines))
 
 
 def test_each_line_is_answered(folder, plan):
-    result = time_plans(folder, "{}", json.dumps({"plan": plan, "target": 5}))
+    result = timed(folder, "{}", json.dumps({"plan": plan, "target": 5}))
     assert result.returncode == 0, result.stderr
     base, both = map(json.loads, result.stdout.splitlines())
     assert set(base) == {"base_ms"} and set(both) == {"base_ms", "ms"} and min(*base.values(), *both.values()) > 0
+    assert both["base_ms"] == base["base_ms"]  # not long ago
+
+
+def test_an_old_base_is_measured_again(monkeypatch):
+    ms, now = iter(range(1, 9)), iter((0, 0, 19, 21, 22, 30))
+    monkeypatch.setattr(time_plans, "measure", lambda *_: SimpleNamespace(ms_per_token=next(ms)))
+    monkeypatch.setattr(time_plans, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(time_plans.hub, "set_compensation", lambda *_: None)
+    timer = time_plans.PlanTimer(SimpleNamespace(decoder=None, settings_changed=lambda: None), 16, 200)
+    assert [timer.answer("{}")["base_ms"] for _ in range(4)] == [1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(("line", "says"), [
     ("5", "stdin: expected lines such as"), ("not JSON", "stdin: expected lines such as"),
     ('{"plan": "no-such-plan.json"}', "no-such-plan.json: no such file")])
 def test_other_lines_are_refused(folder, line, says):
-    assert says in refused(time_plans(folder, line))
+    assert says in refused(timed(folder, line))
 
 
 @pytest.mark.parametrize("what", ["--model", "--random-weights"])

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from series import METHODS, bench_rows, written
+from series import METHODS, bench_rows, markdown, written
 
 from decdec import figure_style as style
 from decdec.errors import UserError, run
@@ -67,7 +67,8 @@ def main() -> None:
     parser.add_argument("rows", nargs="+", help="JSON-lines files of selection_study.py and of autotuner/at_scale.py")
     parser.add_argument("--method", default="awq", choices=list(PAPER), help="base quantizer (default awq)")
     parser.add_argument("--gpu", nargs="+", default=["4090", "4070S", "4050M"], help="GPUs drawn (default 4090 4070S 4050M)")
-    parser.add_argument("--target", type=float, nargs="+", default=[2.5, 5, 20], help="slow-downs of the table, percent (default 2.5 5 20)")
+    parser.add_argument("--target", type=float, nargs="+", default=[2.5, 5, 20],
+                        help="slow-downs of the table, percent (default 2.5 5 20)")
     parser.add_argument("--out", required=True, help="picture and table to write (.pdf, .png, .md)")
     arguments = parser.parse_args()
     perplexity = predicted(bench_rows(arguments.rows, "selection_study"), arguments.method)
@@ -92,10 +93,7 @@ def main() -> None:
         (axes if len(arguments.gpu) == 1 else axes[-1]).legend(fontsize=6, loc="upper right")
 
     base = PAPER[arguments.method][0]
-    lines = [f"Llama-3-8B-Instruct, {METHODS[arguments.method]}, 3 bits, **predicted**: k_chunk that fits and perplexity there (without "
-             f"compensation {base:.2f}). Beyond the largest k_chunk of the study, curves go on with their last slope.", "", "| GPU | ms a token | " + " | ".join(f"{form} bits, +{target:g} %" for target in arguments.target
-                                                                                  for form in forms) + " |",
-             "|---|---|" + "---|" * (len(forms) * len(arguments.target))]
+    fits = []
     for gpu in gpus:
         alone = times[gpu, "paper 4"]["ms_per_token"][0]
         cells = []
@@ -105,11 +103,15 @@ def main() -> None:
                 time = interpolated(row["k_chunk"], row["ms_per_token"])
                 k_chunk = max(k for k in range(row["k_chunk"][-1] + 1) if time(k) <= alone * (1 + target / 100))
                 cells.append(f"{curve(k_chunk):.2f} (k {k_chunk})")
-        lines.append(f"| {gpu} | {alone:.2f} | " + " | ".join(cells) + " |")
+        fits.append((gpu, f"{alone:.2f}", *cells))
     memory = {(row["model"], row["residual_bits"]): row["host_bytes"] / 1e9 for row in scaled}
     bits = sorted({of for _, of in memory}, reverse=True)
-    lines += ["", "CPU memory of the residuals, GB:", "", "| model | " + " | ".join(f"{of} bits" for of in bits) + " |", "|---|" + "---|" * len(bits)]
-    lines += [f"| {model} | " + " | ".join(f"{memory[model, of]:.2f}" for of in bits) + " |" for model in dict.fromkeys(name for name, _ in memory)]
+    held = [(model, *(f"{memory[model, of]:.2f}" for of in bits)) for model in dict.fromkeys(name for name, _ in memory)]
+    choices = [f"{form} bits, +{target:g} %" for target in arguments.target for form in forms]
+    lines = [f"Llama-3-8B-Instruct, {METHODS[arguments.method]}, 3 bits, **predicted**: k_chunk that fits and perplexity there (without "
+             f"compensation {base:.2f}). Beyond the largest k_chunk of the study, curves go on with their last slope.", "",
+             *markdown(("GPU", "ms a token", *choices), fits), "", "CPU memory of the residuals, GB:", "",
+             *markdown(("model", *(f"{of} bits" for of in bits)), held)]
     with atomic(Path(arguments.out).with_suffix(".md")) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))

@@ -22,7 +22,7 @@ def main() -> None:
     gpus = arguments.gpus or list(dict.fromkeys(row["gpu"] for row in rows))
     if missing := set(gpus) - {row["gpu"] for row in rows}:
         raise UserError(f"--gpus: no rows of {', '.join(sorted(missing))}")
-    labels = list(dict.fromkeys(label(row) for row in rows))
+    labels = sorted({label(row) for row in rows})
     with style.figure(arguments.out, height=0.5 + 1.5 * len(gpus), nrows=len(gpus), squeeze=False) as (figure, axes):
         for panel, gpu in zip(axes[:, 0], gpus, strict=True):
             for look, name in zip(style.LINES, labels, strict=False):

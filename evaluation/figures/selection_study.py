@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.ticker import NullLocator
-from series import METHODS, bench_rows, written
+from series import METHODS, bench_rows, markdown, written
 
 from decdec import figure_style as style
 from decdec.errors import UserError, run
@@ -53,12 +53,12 @@ def cell(points: Points, variant: str, k_chunk: int) -> str:
 
 
 def variant_table(points: Points) -> list[str]:
-    lines = ["| variant | CPU MB | added GPU MB | " + " | ".join(f"k {k}" for k in K_CHUNKS) + " |", "|---|" + "---|" * (len(K_CHUNKS) + 2)]
+    lines = []
     for variant in dict.fromkeys(variant for variant, _ in points):
         row = next(row for (name, _), row in points.items() if name == variant)
-        lines.append(f"| {variant} | {row['host_bytes'] / 1e6:.1f} | {row['added_device_bytes'] / 1e6:.2f} | "
-                     + " | ".join(cell(points, variant, k) for k in K_CHUNKS) + " |")
-    return lines
+        lines.append((variant, f"{row['host_bytes'] / 1e6:.1f}", f"{row['added_device_bytes'] / 1e6:.2f}",
+                      *(cell(points, variant, k) for k in K_CHUNKS)))
+    return markdown(("variant", "CPU MB", "added GPU MB", *(f"k {k}" for k in K_CHUNKS)), lines)
 
 
 def plain_forms(points: Points) -> dict[str, dict[int, dict]]:
@@ -75,7 +75,7 @@ def plain_forms(points: Points) -> dict[str, dict[int, dict]]:
 def equal_bytes(points: Points) -> list[str]:
     """Perplexities of the forms at the bytes that the paper's residuals fetch at a ``k_chunk``, with the difference to those."""
     forms = plain_forms(points)
-    lines = ["| MB a token | " + " | ".join(forms) + " |", "|---|" + "---|" * len(forms)]
+    lines = []
     for k_chunk, paper in sorted(forms.get(PAPER, {}).items()):
         cells = []
         for variant, rows in forms.items():
@@ -88,8 +88,8 @@ def equal_bytes(points: Points) -> list[str]:
                 gain, error = jackknife(lambda mine, theirs: mine - theirs, row["losses"], paper["losses"])
                 cells.append(f"{row['perplexity']:.2f} ({gain:+.2f} ± {error:.2f}, k {row['k_chunk']})")
         if sum(map(bool, cells)) > 1:
-            lines.append(f"| {paper['fetched_bytes'] / 1e6:.2f} | " + " | ".join(cells) + " |")
-    return lines
+            lines.append((f"{paper['fetched_bytes'] / 1e6:.2f}", *cells))
+    return markdown(("MB a token", *forms), lines)
 
 
 def draw(points: Points, out: Path) -> None:
@@ -118,7 +118,8 @@ def draw(points: Points, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="+", help="JSON-lines files written by selection_study.py")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for selection_study_METHOD.pdf and .png, and selection_study.md")
+    parser.add_argument("--out", required=True, metavar="FOLDER",
+                        help="folder for selection_study_MODEL_METHOD.pdf and .png, and selection_study.md")
     arguments = parser.parse_args()
     bases: dict[tuple, Points] = defaultdict(dict)
     for row in bench_rows(arguments.rows, "selection_study"):
@@ -130,8 +131,9 @@ def main() -> None:
     for (model, method, bits, *_), points in complete.items():
         row = points[PAPER, 0]
         lines += [f"## {model}, {METHODS.get(method, method)}, {bits} bits", "",
-                  f"{row['windows']} windows of {row['window_length']} tokens of {row['text']}, {row['dtype']}, weights {row['weights_hash']}. In brackets: percent "
-                  f"of the gap closed by {PAPER} bits at the same k_chunk that is lost, with its standard error.", "", *variant_table(points), "",
+                  f"{row['windows']} windows of {row['window_length']} tokens of {row['text']}, {row['dtype']}, weights "
+                  f"{row['weights_hash']}. In brackets: percent of the gap closed by {PAPER} bits at the same k_chunk that is lost, "
+                  "with its standard error.", "", *variant_table(points), "",
                   "At equal bytes fetched; in brackets the difference to the paper's residuals.", "", *equal_bytes(points), ""]
         draw(points, Path(arguments.out) / f"selection_study_{model.lower()}_{method}")
         written(f"{arguments.out}/selection_study_{model.lower()}_{method}")

@@ -1,4 +1,4 @@
-"""What figures share: rows of one measurement, the same conditions for all that is drawn together, names, and lines over k_chunk."""
+"""What figures and tables share: rows of one measurement under the same conditions, names, lines over k_chunk, Markdown."""
 
 import sys
 from collections import defaultdict
@@ -72,6 +72,12 @@ def k_chunk_figure(path: str, lines: dict[str, dict[int, float]], original: floa
         axes.set_ylabel(unit)
         yield axes
         figure.legend(loc="outside lower center", ncols=2)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    first, *others = (f"| {' | '.join(row)} |" for row in (head, *rows))
+    return [first, "|---" * len(head) + "|", *others]
 
 
 def written(out: str) -> None:

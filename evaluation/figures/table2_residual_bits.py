@@ -7,7 +7,7 @@ The best of each group stands in bold.
 import argparse
 from collections import defaultdict
 
-from series import METHODS, TEXT, bench_rows, bits_name
+from series import METHODS, TEXT, bench_rows, bits_name, markdown
 
 from decdec.errors import UserError, run
 from decdec.files import atomic
@@ -28,8 +28,7 @@ def tables(rows: list[dict], selection: str) -> list[str]:
     for name, values in sorted(cells.items()):
         if len({bits for _, bits in values}) < 2:
             continue
-        lines += [f"{name}: perplexity {base[name]:.2f} without compensation" if name in base else name, "",
-                  "| traffic (4-bit k_chunk) | " + " | ".join(f"{bits} bits" for bits in BITS) + " |", "|---|" + "---|" * len(BITS)]
+        found = []
         for traffic in sorted({traffic for traffic, _ in values}):
             group = {bits: values.get((traffic, bits)) for bits in BITS}
             if sum(value is not None for value in group.values()) < 2:
@@ -37,8 +36,9 @@ def tables(rows: list[dict], selection: str) -> list[str]:
             best = min(value for value in group.values() if value is not None)
             marked = [f"{'**' * (value == best)}{value:.2f}{'**' * (value == best)} (k {traffic // bits})" if value else "-"
                       for bits, value in group.items()]
-            lines.append(f"| {traffic / 4:g} | " + " | ".join(marked) + " |")
-        lines.append("")
+            found.append((f"{traffic / 4:g}", *marked))
+        lines += [f"{name}: perplexity {base[name]:.2f} without compensation" if name in base else name, "",
+                  *markdown(("traffic (4-bit k_chunk)", *(f"{bits} bits" for bits in BITS)), found), ""]
     return lines
 
 
@@ -48,7 +48,8 @@ def main() -> None:
     parser.add_argument("--selection", default="bucket", help="the selection whose rows are read (default bucket)")
     parser.add_argument("--out", help="Markdown file to write as well")
     arguments = parser.parse_args()
-    lines = tables([row for row in bench_rows(arguments.rows, "perplexity", TEXT) if row["method"] != "original"], arguments.selection)
+    rows = [row for row in bench_rows(arguments.rows, "perplexity", TEXT) if row["method"] != "original"]
+    lines = tables(rows, arguments.selection)
     if not lines:
         raise UserError(f"{', '.join(arguments.rows)}: no rows of two residual widths with selection {arguments.selection}")
     table = "\n".join(lines).strip() + "\n"

@@ -6,7 +6,7 @@ Where blocks differ, the cell has the range.
 
 import argparse
 
-from series import bench_rows, label
+from series import bench_rows, label, markdown
 
 from decdec.errors import run
 from decdec.files import atomic
@@ -32,12 +32,12 @@ def main() -> None:
     rows = [row for row in bench_rows(arguments.rows, "tuned", ("model",)) if row["target_percent"]]
     columns = sorted({label(row) for row in rows})
     places = dict.fromkeys((row["gpu"], row["timing"], row["scope"], row["target_percent"]) for row in rows)
-    lines = ["| GPU | times | target | " + " | ".join(columns) + " |", "|---|---|---|" + "---|" * len(columns)]
+    lines = []
     for gpu, timing, scope, target in places:
         here = {label(row): cell(row) for row in rows
                 if (row["gpu"], row["timing"], row["scope"], row["target_percent"]) == (gpu, timing, scope, target)}
-        lines.append(f"| {gpu} | {timing} | {target:g} % {scope} | " + " | ".join(here.get(name, "-") for name in columns) + " |")
-    table = "\n".join(lines) + "\n"
+        lines.append((gpu, timing, f"{target:g} % {scope}", *(here.get(name, "-") for name in columns)))
+    table = "\n".join(markdown(("GPU", "times", "target", *columns), lines)) + "\n"
     print(table, end="")
     if arguments.out:
         with atomic(arguments.out) as temporary:

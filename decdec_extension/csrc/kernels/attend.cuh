@@ -20,43 +20,56 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
-// What a lane turns: pairs lane, lane + 32, ... of a head.
-struct Turn {
-  float cosine[kMaxHeadDim / 64], sine[kMaxHeadDim / 64];
+// Sine and cosine of any angle a position makes. Short, since a step's kernels live in one instruction cache: the half
+// turns are taken off exactly (pi in two parts), and the rest is small enough for the fast functions.
+__device__ __forceinline__ void sine_and_cosine(float angle, float* sine, float* cosine) {
+  const float turns = rintf(angle * 0.318309886f);
+  const float rest = fmaf(turns, 8.74227766e-8f, fmaf(turns, -3.14159274f, angle));
+  const float sign = int(turns) % 2 ? -1.f : 1.f;
+  *sine = sign * __sinf(rest), *cosine = sign * __cosf(rest);
+}
 
-  __device__ Turn(const AttendParams& p, int64_t position) {
+// What a lane turns: pairs lane, lane + 32, ... of a head.
+template <int kTurns>
+struct Turn {
+  float cosine[kTurns], sine[kTurns];
+
+  __device__ __forceinline__ Turn(const AttendParams& p, int64_t position) {
     const int pairs = p.rotary / 2;
     const float* frequencies = p.frequencies + (position >= p.long_from ? pairs : 0);
 #pragma unroll
-    for (int n = 0; n < kMaxHeadDim / 64; ++n) {
+    for (int n = 0; n < kTurns; ++n) {
       const int i = threadIdx.x % 32 + 32 * n;
       if (i >= pairs) break;
-      sincosf(float(position) * __ldg(frequencies + i), sine + n, cosine + n);
+      sine_and_cosine(float(position) * __ldg(frequencies + i), sine + n, cosine + n);
       sine[n] *= p.rotary_scaling, cosine[n] *= p.rotary_scaling;
     }
   }
 };
 
-// One head's vector by one warp: read, normed if there is a norm, turned by the position; left in `to` as floats.
-template <Dtype kDtype>
-__device__ inline void prepare_head(const AttendParams& p, int from_head, const void* norm, const Turn& turn,
-                                    float* to) {
+// One head's vector by one warp: read, normed if there is a norm, turned by the position; left in `to` as floats, zeros
+// beyond it.
+template <Dtype kDtype, int kWide, int kTurns>
+__device__ __forceinline__ void prepare_head(const AttendParams& p, int from_head, const void* norm,
+                                             const Turn<kTurns>& turn, float* to) {
   const int lane = threadIdx.x % 32, pairs = p.rotary / 2;
   float square = 0;
-  for (int d = lane; d < p.head_dim; d += 32) {
-    const float v = load_element(p.qkv, int64_t{from_head} * p.head_dim + d, kDtype);
+#pragma unroll
+  for (int d = lane; d < kWide; d += 32) {
+    const float v = d < p.head_dim ? load_element(p.qkv, int64_t{from_head} * p.head_dim + d, kDtype) : 0.f;
     to[d] = v;
     square = fmaf(v, v, square);
   }
   if (norm) {
     const float factor = rsqrtf(warp_sum(square) / float(p.head_dim) + p.eps);
+#pragma unroll 1
     for (int d = lane; d < p.head_dim; d += 32) {
       to[d] = rounded<kDtype>(rounded<kDtype>(to[d] * factor) * load_element(norm, d, kDtype));
     }
   }
   __syncwarp();
 #pragma unroll
-  for (int n = 0; n < kMaxHeadDim / 64; ++n) {
+  for (int n = 0; n < kTurns; ++n) {
     const int i = lane + 32 * n;
     if (i >= pairs) break;
     const float a = to[i], b = to[pairs + i];
@@ -85,13 +98,13 @@ __global__ void __launch_bounds__(kAttendThreads, kHeads <= 4 ? 2 : 1)
 
   // Position and earlier places are not the kernel ahead's work.
   const int64_t position = *p.position;
-  const int64_t live = min(position + 1, p.places), begin = p.window ? max(live - p.window, int64_t{0}) : 0;
-  const int span = int(live - begin);
+  const int live = int(min(position + 1, p.places)), begin = int(p.window ? max(live - p.window, int64_t{0}) : 0);
+  const int span = live - begin;
   const int slice = max(kMinPlaces, ((span + p.splits - 1) / p.splits + 15) / 16 * 16);
   const int active = (span + slice - 1) / slice;
   const int split = blockIdx.x;
   if (split >= active) return;
-  const int64_t first = begin + int64_t{split} * slice, end = min(first + slice, live);
+  const int first = begin + split * slice, end = min(first + slice, live);
 
   const int kv_head = blockIdx.y / p.groups, sharing = p.heads / p.kv_heads;
   const int head = kv_head * sharing + blockIdx.y % p.groups * kHeads;
@@ -101,37 +114,48 @@ __global__ void __launch_bounds__(kAttendThreads, kHeads <= 4 ? 2 : 1)
   uint16_t* values = static_cast<uint16_t*>(p.values) + int64_t{kv_head} * p.places * dim;
   const int piece = lane % kLanes;
   const bool reads = 8 * piece < dim;
+  const uint16_t *own_keys = keys + 8 * piece, *own_values = values + 8 * piece;
+  const int known = reads ? min(end, live - 1) : 0;  // places before it are in the cache
   constexpr int kStride = kAttendWarps * kRows;
-  int64_t start = first + warp * kRows + lane / kLanes;
-  uint4 k[kAtOnce], v[kAtOnce];
+  int start = first + warp * kRows + lane / kLanes;
+  uint4 k[kAtOnce] = {}, v[kAtOnce] = {};
   const auto fetch = [&](bool some_keys, bool some_values) {
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      const int64_t place = start + u * kStride;
-      if (some_keys) k[u] = make_uint4(0, 0, 0, 0);
-      if (some_values) v[u] = make_uint4(0, 0, 0, 0);
-      if (place >= min(end, live - 1) || !reads) continue;
-      if (some_keys) k[u] = *reinterpret_cast<const uint4*>(keys + place * dim + 8 * piece);
-      if (some_values) v[u] = *reinterpret_cast<const uint4*>(values + place * dim + 8 * piece);
+      // Where none is, what was there stays: finite, and weighed with 0.
+      const int place = start + u * kStride;
+      if (place >= known) continue;
+      const int64_t at = int64_t{place} * dim;
+      if (some_keys) k[u] = *reinterpret_cast<const uint4*>(own_keys + at);
+      if (some_values) v[u] = *reinterpret_cast<const uint4*>(own_values + at);
     }
   };
   fetch(true, true);
-  const Turn turn(p, position);
+  const Turn<(kWide / 2 + 31) / 32> turn(p, position);
   wait_for_last_kernel();
 
-  for (int h = warp; h < kHeads; h += kAttendWarps) {
-    for (int d = dim + lane; d < kWide; d += 32) queries[h][d] = 0;
-    if (h < heads) prepare_head<kDtype>(p, head + h, p.q_norm, turn, queries[h]);
-    // Scores are powers of two from here on.
-    for (int d = lane; d < dim; d += 32) queries[h][d] = h < heads ? queries[h][d] * (p.scaling * 1.44269504f) : 0.f;
-  }
-  if (end == live && warp == kAttendWarps - 1) {  // every group of heads writes the same
-    prepare_head<kDtype>(p, p.heads + kv_head, p.k_norm, turn, key);
+  // A warp for every query head, one for the new key, one for the new value; every group of heads writes the same.
+#pragma unroll 1
+  for (int h = warp; h < kHeads + 2; h += kAttendWarps) {
+    const int64_t newest = int64_t{live - 1} * dim;
+    if (h == kHeads + 1) {
+      for (int d = lane; d < (end == live ? dim : 0); d += 32) {
+        new_value[d] = static_cast<const uint16_t*>(p.qkv)[int64_t{p.heads + p.kv_heads + kv_head} * dim + d];
+        values[newest + d] = new_value[d];
+      }
+      continue;
+    }
+    const bool is_key = h == kHeads;
+    if (is_key ? end != live : h >= heads) continue;
+    float* to = is_key ? key : queries[h];
+    prepare_head<kDtype, kWide>(p, is_key ? p.heads + kv_head : head + h, is_key ? p.k_norm : p.q_norm, turn, to);
     for (int d = lane; d < dim; d += 32) {
-      store_element(new_key, d, kDtype, key[d]);
-      new_value[d] = static_cast<const uint16_t*>(p.qkv)[int64_t{p.heads + p.kv_heads + kv_head} * dim + d];
-      keys[(live - 1) * dim + d] = new_key[d];
-      values[(live - 1) * dim + d] = new_value[d];
+      if (is_key) {
+        store_element(new_key, d, kDtype, to[d]);
+        keys[newest + d] = new_key[d];
+      } else {
+        to[d] *= p.scaling * 1.44269504f;  // scores are powers of two from here on
+      }
     }
   }
   __syncthreads();
@@ -144,7 +168,7 @@ __global__ void __launch_bounds__(kAttendThreads, kHeads <= 4 ? 2 : 1)
     for (int j = 0; j < 8; ++j) query[h][j] = queries[h][8 * piece + j], sum[h][j] = 0;
   }
   while (start - lane / kLanes < end) {
-    const int64_t now = start;
+    const int now = start;
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
       // Not where another block has it: these would be whatever lay there, and even weighed with 0 a NaN stays one.
@@ -229,7 +253,7 @@ __global__ void __launch_bounds__(kAttendThreads, kHeads <= 4 ? 2 : 1)
   float* parts = p.partials;
   const int part = dim + 2;
   for (int i = threadIdx.x; i < heads * dim; i += kAttendThreads) {
-    const int h = i / dim, d = i % dim;
+    const int h = kHeads == 1 ? 0 : i / dim, d = i - h * dim;
     float top = -1e30f, total = 0, share = 0;
 #pragma unroll
     for (int w = 0; w < kAttendWarps; ++w) top = fmaxf(top, weights[w][h].x);
@@ -239,7 +263,7 @@ __global__ void __launch_bounds__(kAttendThreads, kHeads <= 4 ? 2 : 1)
       total += merged[w][h][d] * factor, share += weights[w][h].y * factor;
     }
     if (active == 1) {
-      store_element(p.out, int64_t{head} * dim + i, kDtype, total / share);
+      store_element(p.out, int64_t{head} * dim + i, kDtype, __fdividef(total, share));
     } else {
       float* to = parts + (int64_t{head + h} * p.splits + split) * part;
       to[d] = total;
@@ -265,7 +289,7 @@ __global__ void __launch_bounds__(kAttendThreads, kHeads <= 4 ? 2 : 1)
   }
   __syncthreads();
   for (int i = threadIdx.x; i < heads * dim; i += kAttendThreads) {
-    const int h = i / dim, d = i % dim;
+    const int h = kHeads == 1 ? 0 : i / dim, d = i - h * dim;
     const float* from = parts + int64_t{head + h} * p.splits * part + d;
     float total = 0;
 #pragma unroll 16
