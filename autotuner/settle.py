@@ -11,6 +11,7 @@ from shapes import Layer
 from timings import Timings, shape_of
 
 ATTEMPTS = 6
+AGREE = 0.5  # points between a predicted and a measured slow-down
 FRESH = 3  # fresh measurements of base and choice, taken in turn so that both see the same clocks
 
 Decision = Callable[[Timings, Target], Mapping[Layer, Setting]]
@@ -30,23 +31,32 @@ class Settled:
 
 def settle(timings: Timings, profiler: Profiler | None, decision: Decision, target: Target,
            afresh: bool = True) -> Settled:
-    """Choose for ``target``; with a ``profiler`` measure the choice ``afresh`` until it keeps the target.
+    """Choose for ``target``; with a ``profiler`` measure the choice ``afresh`` until it keeps the target and was predicted within
+    ``AGREE`` points, which fresh times bring about, since they count in the table. Where that is never both, the choice nearest to
+    its prediction of those that keep the target is taken, or failing that the last.
 
-    Without one, the choice rests on the saved rows alone. A simulation has nothing to measure afresh.
+    Without a profiler, the choice rests on the saved rows alone. A simulation has nothing to measure afresh.
     """
     if profiler is not None and not afresh:
         refine(profiler, [lambda table: decision(table, target)])
     if profiler is None or not afresh:
         return predicted(timings, dict(decision(timings, target)), target)
-    allowed = target
+    allowed, keeping = target, []
     for _ in range(ATTEMPTS):
         refine(profiler, [lambda table, allowed=allowed: decision(table, allowed)])
         settled = _measured(timings, profiler, dict(decision(timings, allowed)), target)
         excess = settled.measured_percent - target.percent
-        if excess <= 0:
-            break
-        allowed = replace(allowed, percent=max(0.0, allowed.percent - 1.1 * excess))
-    return settled
+        if excess > 0:
+            allowed = replace(allowed, percent=max(0.0, allowed.percent - 1.1 * excess))
+            continue
+        keeping.append(settled)
+        if _apart(settled) <= AGREE:
+            return settled
+    return min(keeping, key=_apart) if keeping else settled
+
+
+def _apart(settled: Settled) -> float:
+    return abs(settled.measured_percent - settled.predicted_percent)
 
 
 def _measured(timings: Timings, profiler: Profiler, settings: dict[Layer, Setting], target: Target) -> Settled:

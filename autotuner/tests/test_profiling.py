@@ -5,7 +5,7 @@ import analytic
 import pytest
 from decide import Target, decide, total_us
 from profiling import BEHIND, SPREAD, Profiler, Sample, coarse_points, measure_coarsely, refine
-from settle import settle
+from settle import AGREE, settle
 from shapes import random_weights
 from timings import Conditions, Timings, envelope, interpolated, read_profile, timing_row
 
@@ -126,6 +126,24 @@ def test_times_that_come_out_longer_are_answered_by_fetching_less(tmp_path):
     profiler.timer = FakeTimer(drift=0.03)
     settled = settle(profiler.timings, profiler, lambda table, target: decide(table, target, GAINS, 30), Target(5))
     assert settled.measured_percent <= 5
+
+
+def test_a_choice_that_rests_on_a_time_too_short_is_made_again(tmp_path):
+    """One point of the profile came out as fast as the base: it is chosen first, and found out when it is measured afresh."""
+    profiler = profiled(tmp_path / "rows.jsonl", FakeTimer())
+    timings, layer = profiler.timings, LAYERS[0]
+    n_tb = max(timings.points[layer], key=lambda n_tb: len(timings.points[layer][n_tb]))
+    wrong = max(timings.points[layer][n_tb]) - 1
+    timings.add(layer, n_tb, wrong, timings.base(layer))
+    chosen = []
+
+    def decision(table, target):
+        chosen.append(decide(table, dataclasses.replace(target, percent=15), GAINS, 30))
+        return chosen[-1]
+
+    settled = settle(timings, profiler, decision, Target(90))
+    assert chosen[0][layer].k_chunk == wrong > settled.settings[layer].k_chunk
+    assert settled.predicted_percent == pytest.approx(settled.measured_percent, abs=AGREE)
 
 
 def test_a_choice_at_the_end_of_the_range_makes_it_longer(tmp_path):
