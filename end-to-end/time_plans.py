@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="default float16 on a GPU, float32 on the CPU")
     parser.add_argument("--prompt-tokens", type=int, default=16, metavar="N", help="default 16")
     parser.add_argument("--new-tokens", type=int, default=200, metavar="N",
-                        help="decoded in each run (default 200; in short runs compensation seems to cost more)")
+                        help="decoded in each run (default 200)")
     return parser.parse_args()
 
 
