@@ -89,7 +89,7 @@ struct RowTable {
 // segment, a warp's run of batches in one row tile.
 template <int kBits, int kRowPairs>
 struct CodebookTile {
-  static constexpr bool kPairedInputs = false;  // see write_digits
+  static constexpr bool kPairedInputs = false;  // see Octet::write
   static constexpr Sums kSums = kBits == 4 ? Sums::kDigits : Sums::kNone;
   static constexpr int kEntryWords = 1 << (kBits - 1);
   static constexpr int kRowBytes = 4 * kEntryWords;
@@ -130,7 +130,7 @@ struct CodebookTile {
   }
 
   // Multiplies `count` units of a batch. codes(u, words), digits(u, n): the B registers (b0, b1 of k-step 0, b0, b1 of
-  // k-step 1) of row pair n, sums(u, n): what write_digits leaves for the lane.
+  // k-step 1) of row pair n, sums(u, n): what Octet::write leaves for the lane.
   template <class Codes, class Digits, class DigitSums>
   __device__ __forceinline__ void multiply(int count, Codes codes, Digits digits, DigitSums, const uint8_t*, int,
                                            int) {

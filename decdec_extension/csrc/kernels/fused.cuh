@@ -84,11 +84,11 @@ __device__ inline void compensate(const GemvParams& p, uint8_t* shared) {
   const Compensation& c = p.compensation;
   const int d_in = p.weights.d_in;
   float* sums = reinterpret_cast<float*>(shared);
-  const bool kept = c.selected <= kMaxValues;
+  const bool kept = c.kept;
   float* values = sums + 32 * kSumStride;
   uint16_t* channels = reinterpret_cast<uint16_t*>(values + (kept ? c.selected : 0));
   const int warp = threadIdx.x / 32;
-  uint16_t* own = reinterpret_cast<uint16_t*>(shared + normed_bytes(c.selected, 0));
+  uint16_t* own = reinterpret_cast<uint16_t*>(shared + normed_bytes(c.selected, kept, 0));
   // What will be wanted when the channels are known: scales, offsets.
 #pragma unroll 1
   for (int i = 32 * (blockIdx.x * kThreads + threadIdx.x); i < d_in; i += 32 * c.n_tb * kThreads) {

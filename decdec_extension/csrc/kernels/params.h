@@ -37,12 +37,14 @@ constexpr int kSumStride = kThreads + 1;  // of a fetching block's sums: neighbo
 constexpr int kMaxFetchBlocks = 4096;     // more have no slice of their own
 constexpr int kMaxValues = 8192;          // of selected channels that a fetching block keeps; more are read again
 
-// Shared memory of a fetching block: sums, and the selected channels with their values.
-constexpr int fetch_bytes(int selected) {
-  return 32 * kSumStride * 4 + (selected <= kMaxValues ? 4 * selected : 0) + 2 * selected;
+// Shared memory of a fetching block: sums, and the selected channels, with their values if these are kept.
+constexpr int fetch_bytes(int selected, bool kept) {
+  return 32 * kSumStride * 4 + (kept ? 4 * selected : 0) + 2 * selected;
 }
 // And of its activations, where it norms them itself.
-constexpr int normed_bytes(int selected, int d_in) { return (fetch_bytes(selected) + 15) / 16 * 16 + 2 * d_in; }
+constexpr int normed_bytes(int selected, bool kept, int d_in) {
+  return (fetch_bytes(selected, kept) + 15) / 16 * 16 + 2 * d_in;
+}
 constexpr int kMaxInputs =
     1 << 16;  // a selected channel is a 16-bit number in shared memory; 65535 marks an empty place
 
@@ -94,6 +96,7 @@ struct Compensation {
   int nested;
   int k_chunk;
   int selected;  // channels of one row: all chunks' counts
+  int kept;      // 1: a fetching block keeps their values in shared memory; set by the launchers
   int n_tb;      // blocks that compensate
   int buckets;   // 1: the paper's selection by `floors`, 0: exact
   float floors[kBuckets];

@@ -19,8 +19,8 @@ template <int kBits>
 struct alignas(kBits < 3 ? 4 * kBits : 16) Piece {
   static constexpr int kOutputs = kBits <= 4 ? 32 : 128 / kBits;
   static constexpr int kWords = kOutputs * kBits / 32;
-  // In flight a thread: 16 KB a block, since 8 to 16 blocks saturate the link. Rows of fewer bits are cut into fewer
-  // slices (slice_pieces), whose blocks have to keep more on the way.
+  // In flight a thread: 32 KB a block, enough for 8 to 16 blocks to saturate the link. Rows of fewer bits are cut into
+  // fewer slices (slice_pieces), whose blocks have to keep more on the way.
   static constexpr int kLoads = kBits < 4 ? 128 / (kBits < 3 ? 4 * kBits : 16) : 4;
   uint32_t words[kWords];
 

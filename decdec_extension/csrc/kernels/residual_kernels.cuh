@@ -73,7 +73,7 @@ __global__ __launch_bounds__(kThreads) void residual_gemv_kernel(const void* x, 
     return channel;
   };
   // Found once and kept: a thread would find them again with every row, and wait for each.
-  const bool kept = c.selected <= kMaxValues;
+  const bool kept = c.kept;
   float* values = shared_sums + 32 * kSumStride;
   uint16_t* channels = reinterpret_cast<uint16_t*>(values + c.selected);
   for (int i = 64 * threadIdx.x; c.residual_scale && !kGrouped && i < d_out; i += 64 * kThreads) {

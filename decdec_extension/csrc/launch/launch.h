@@ -15,7 +15,8 @@ void check(cudaError_t status, const char* what);
 // Facts of the device that is current; its SMs are those of the current context where that is a green one.
 Device current_device();
 
-// Base GEMV, compensated where params.compensation.n_tb > 0; fills params.plan. For n_tb see limit_blocks.
+// Base GEMV, compensated where params.compensation.n_tb > 0; fills params.plan; in parts where so
+// many rows do not fit.
 void launch_gemv(Format format, int bits, GemvParams& params, cudaStream_t stream);
 
 // out: (d_out, d_in) of dtype.

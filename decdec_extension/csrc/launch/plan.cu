@@ -1,7 +1,6 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <stdexcept>
 
 namespace decdec::cuda {
 
@@ -42,7 +41,8 @@ bool fit(GemvPlan& plan, int budget, Format format, int bits, const Weights& wei
 
 }  // namespace
 
-GemvPlan plan_gemv(const Device& device, Format format, int bits, const Weights& weights, int batch, int n_tb) {
+std::optional<GemvPlan> plan_gemv(const Device& device, Format format, int bits, const Weights& weights, int batch,
+                                  int n_tb) {
   const int units = ceil_div(weights.d_in, kUnitInputs), tiles = ceil_div(weights.d_out, kTileRows);
   const int most_tiles = std::max(kMaxPartials / (kTileRows * batch * 4) - kWarps + 1, 1);  // of a block
   GemvPlan plan{};
@@ -57,8 +57,12 @@ GemvPlan plan_gemv(const Device& device, Format format, int bits, const Weights&
   };
   if (n_tb == 0 && tiles >= kManyTiles * device.sms && batch <= 2 && cut(2, 2, 1)) return plan;
   // Half an SM's shared memory where it suffices, so that the next kernel's blocks find room while this one's run.
-  if (cut(1, 2, 1) || cut(1, 1, units)) return plan;
-  throw std::runtime_error("decdec: the device has too little shared memory for this layer and batch");
+  if (cut(1, 2, 1) || plan.generic) return plan;  // the generic path needs none
+  // Where the sums of a block's row tiles take too much of it, more blocks than run at once.
+  for (int blocks_per_sm = 1; !cut(blocks_per_sm, 1, units); blocks_per_sm *= 2) {
+    if (plan.blocks == tiles) return std::nullopt;
+  }
+  return plan;
 }
 
 }  // namespace decdec::cuda

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <optional>
+
 #include "../kernels/params.h"
 
 namespace decdec::cuda {
@@ -14,8 +16,9 @@ struct Device {
   bool early_launch;     // programmatic serialization: from Hopper on
 };
 
-// A base block an SM, less the n_tb blocks that compensate (0: none), or two where each gets many row tiles. `batch`
-// rows. Throws std::runtime_error where nothing fits.
-GemvPlan plan_gemv(const Device& device, Format format, int bits, const Weights& weights, int batch, int n_tb);
+// A base block an SM, less the n_tb blocks that compensate (0: none); without these and for up to two rows, two where each
+// gets many row tiles. None where `batch` rows do not fit into the shared memory of a block; one row always does.
+std::optional<GemvPlan> plan_gemv(const Device& device, Format format, int bits, const Weights& weights, int batch,
+                                  int n_tb);
 
 }  // namespace decdec::cuda

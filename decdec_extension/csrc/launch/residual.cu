@@ -8,8 +8,7 @@ namespace decdec::cuda {
 namespace {
 
 constexpr int kBlock = 256;
-constexpr int kBlocks =
-    16;  // saturate the link; more only disturb each other (H100, PCIe 5: 16 blocks of 16 KB in flight)
+constexpr int kBlocks = 16;  // saturate the link; more only disturb each other (H100, PCIe 5)
 
 template <int kBits>
 void dequantize(const Compensation& c, int d_in, int d_out, void* out, Dtype dtype, cudaStream_t stream) {
@@ -22,12 +21,14 @@ template <int kBits, bool kGrouped>
 void gemv(const void* x, int batch, int d_in, int d_out, Dtype dtype, const Compensation& c, const int32_t* indices,
           void* out, cudaStream_t stream) {
   const auto kernel = residual_gemv_kernel<kBits, kGrouped>;
-  const int bytes = fetch_bytes(c.selected <= kMaxValues ? c.selected : 0);
+  Compensation own = c;
+  own.kept = c.selected <= kMaxValues && fetch_bytes(c.selected, true) <= current_device().shared_per_block;
+  const int bytes = fetch_bytes(own.kept ? c.selected : 0, own.kept);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
         "shared memory of the residual GEMV");
   const int pieces = row_pieces(d_out, kBits);
   const int slices = std::min(kBlocks, (pieces + slice_pieces(1, 1, kBits) - 1) / slice_pieces(1, 1, kBits));
-  kernel<<<dim3(slices, batch), kThreads, bytes, stream>>>(x, d_in, d_out, dtype, c, indices, out);
+  kernel<<<dim3(slices, batch), kThreads, bytes, stream>>>(x, d_in, d_out, dtype, own, indices, out);
 }
 
 }  // namespace
