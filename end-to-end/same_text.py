@@ -29,7 +29,7 @@ from selections import Selections, recorded, replayed
 PROMPTS = ("The three most important things about the Python language are", "A tree is", "In 1969, the first",
            "def fibonacci(n):", "The recipe for a good soup begins with")
 TIE = 0.02  # standard deviations of the logits
-CHANNEL_TIE = 0.05  # of a channel's magnitude: float16 in 30 blocks tips channels 3 % apart (SmolLM2)
+CHANNEL_TIE = 0.05  # of a channel's magnitude: float16 in 30 blocks tips channels up to 1.4 % apart (SmolLM2)
 
 SAME, LOGITS, SELECTION, NO_TIE = "same", "tie of the logits", "tie of a selection", "no tie"
 Reread = Callable[[Tensor, list[int]], Selections]  # reads a prompt and tokens after it, and tells what was selected

@@ -187,6 +187,8 @@ def test_two_blocks_an_sm(make_base, make_residual, form, groups):
     for batch, n_tb in ((1, 3), (1, 24), (2, 40)):
         x = torch.randn(batch, d_in, device="cuda").half()
         poison()
+        assert_as_good(gemv(form)(x, *cuda(base.args)), None, (x, base.dense.t().cuda()))
+        poison()
         out = compensated(form)(x, *cuda(base.args), None, *cuda(residual.args), 32, n_tb=n_tb)
         values = masked(x, ops.select_channels(x, 32))
         assert_as_good(out, None, (x, base.dense.t().cuda()), (values, residual.dense.cuda()))
