@@ -22,6 +22,7 @@ from decdec import hub, models
 from decdec.errors import UserError, run
 from decdec.files import append_row
 from decdec.linear import Compensation
+from decdec.testing import logits_of_hugging_face
 from decoder import Decoder
 from runtime import Runtime, default_device
 from selections import Selections, recorded, replayed
@@ -71,12 +72,9 @@ def selected_by_decoder(decoder: Decoder, prompt: Tensor, tokens: list[int]) -> 
     return selections
 
 
-@torch.no_grad()
 def selected_by_hugging_face(model: nn.Module, prompt: Tensor, tokens: list[int]) -> Selections:
     with recorded(model) as selections:
-        cache = model(prompt[None].to(model.device), use_cache=True).past_key_values
-        for token in tokens:
-            model(torch.tensor([[token]], device=model.device), past_key_values=cache, use_cache=True)
+        logits_of_hugging_face(model, torch.cat((prompt, torch.tensor(tokens, dtype=torch.int64))), len(prompt))
     return selections
 
 

@@ -107,6 +107,7 @@ template <Format kFormat, int kBits, int kRowPairs, class Emit>
 __device__ __forceinline__ void base_gemv(const GemvParams& p, int block, uint8_t* shared, Emit emit) {
   using Tile =
       std::conditional_t<kFormat == Format::kCodebook, CodebookTile<kBits, kRowPairs>, UniformTile<kBits, kRowPairs>>;
+  static_assert(needs_sums(kFormat, kBits) == (Tile::kSums != Sums::kNone));
   using Stream = Stream<Tile, kBits>;
   constexpr int kBufferBytes = Stream::kCodeBytes + side_bytes(kFormat, kBits), kStages = stages(kFormat, kBits);
   const Weights& w = p.weights;

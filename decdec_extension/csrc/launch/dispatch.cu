@@ -100,30 +100,33 @@ Device current_device() {
   return device;
 }
 
-void launch_gemv(Format format, int bits, GemvParams& params, cudaStream_t stream) {
+bool keeps_values(const Device& device, int selected, int bytes) {
+  return selected <= kMaxValues && bytes <= device.shared_per_block;
+}
+
+void launch_gemv(Format format, int bits, GemvParams params, cudaStream_t stream) {
   const Instance& instance = find(format, bits);
   const Device device = current_device();
   Compensation& c = params.compensation;
   const auto plan = plan_gemv(device, format, bits, params.weights, params.batch, c.n_tb);
   if (!plan && params.batch > 1) {  // so many rows do not fit at once (GPUs with 99 KB of shared memory a block)
-    GemvParams first = params, rest = params;
-    first.batch = params.batch / 2, rest.batch -= first.batch;
-    rest.x = static_cast<const uint16_t*>(params.x) + int64_t{first.batch} * params.weights.d_in;
-    rest.out = static_cast<uint16_t*>(params.out) + int64_t{first.batch} * params.weights.d_out;
-    if (c.n_tb > 0) rest.compensation.workspace += int64_t{first.batch} * params.weights.d_out;
-    launch_gemv(format, bits, first, stream);
+    GemvParams rest = params;
+    params.batch /= 2, rest.batch -= params.batch;
+    rest.x = static_cast<const uint16_t*>(params.x) + int64_t{params.batch} * params.weights.d_in;
+    rest.out = static_cast<uint16_t*>(params.out) + int64_t{params.batch} * params.weights.d_out;
+    if (c.n_tb > 0) rest.compensation.workspace += int64_t{params.batch} * params.weights.d_out;
+    launch_gemv(format, bits, params, stream);
     return launch_gemv(format, bits, rest, stream);
   }
   if (!plan) throw std::runtime_error("decdec: the device has too little shared memory for this layer");
   params.plan = *plan;
   int bytes = params.plan.generic ? 0 : params.plan.bytes;
   if (c.n_tb > 0) {
-    const auto needed = [&] {
-      return params.norm ? normed_bytes(c.selected, c.kept, params.weights.d_in) : fetch_bytes(c.selected, c.kept);
+    const auto needed = [&](bool kept) {
+      return params.norm ? normed_bytes(c.selected, kept, params.weights.d_in) : fetch_bytes(c.selected, kept);
     };
-    c.kept = c.selected <= kMaxValues;
-    c.kept = c.kept && needed() <= device.shared_per_block;
-    bytes = std::max(bytes, needed());
+    c.kept = keeps_values(device, c.selected, needed(true));
+    bytes = std::max(bytes, needed(c.kept));
   }
   if (bytes > device.shared_per_block) {
     throw std::runtime_error("decdec: " + std::to_string(c.selected) + " selected channels of " +

@@ -15,9 +15,12 @@ void check(cudaError_t status, const char* what);
 // Facts of the device that is current; its SMs are those of the current context where that is a green one.
 Device current_device();
 
-// Base GEMV, compensated where params.compensation.n_tb > 0; fills params.plan; in parts where so
-// many rows do not fit.
-void launch_gemv(Format format, int bits, GemvParams& params, cudaStream_t stream);
+// Whether a fetching block keeps the values of so many selected channels, which with them needs `bytes` of shared memory.
+bool keeps_values(const Device& device, int selected, int bytes);
+
+// Base GEMV, compensated where params.compensation.n_tb > 0; in parts where so many rows do not fit. Sets params.plan and
+// params.compensation.kept itself.
+void launch_gemv(Format format, int bits, GemvParams params, cudaStream_t stream);
 
 // out: (d_out, d_in) of dtype.
 void launch_dequantize(Format format, int bits, const Weights& weights, void* out, Dtype dtype, cudaStream_t stream);

@@ -22,7 +22,7 @@ void gemv(const void* x, int batch, int d_in, int d_out, Dtype dtype, const Comp
           void* out, cudaStream_t stream) {
   const auto kernel = residual_gemv_kernel<kBits, kGrouped>;
   Compensation own = c;
-  own.kept = c.selected <= kMaxValues && fetch_bytes(c.selected, true) <= current_device().shared_per_block;
+  own.kept = keeps_values(current_device(), c.selected, fetch_bytes(c.selected, true));
   const int bytes = fetch_bytes(own.kept ? c.selected : 0, own.kept);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
         "shared memory of the residual GEMV");
