@@ -11,7 +11,7 @@ import analytic
 from candidates import n_tb_candidates
 from phases import Setting
 from shapes import Layer
-from timings import Timings, timing_row
+from timings import Timings, shape_of, timing_row
 from tqdm import tqdm
 
 from decdec.files import append_row
@@ -41,11 +41,13 @@ class Timer(Protocol):
 
 
 class Profiler:
-    """Measures points of ``timings`` with ``timer``, and appends each to the rows at ``path``."""
+    """Measures points of ``timings`` with ``timer``, and appends each to the rows at ``path``. What it measures replaces what saved
+    rows said of a point."""
 
     def __init__(self, timings: Timings, timer: Timer, path: str | Path, bar: tqdm | None = None):
         self.timings, self.timer, self.path, self.bar = timings, timer, path, bar
         self.taken = self.noisy = 0
+        self.fresh: set[tuple] = set()  # points that were measured here, not read from saved rows
 
     def measure(self, layer: Layer, n_tb: int, k_chunk: int, again: bool = False) -> Sample | None:
         """Measure a point unless it is known (None then), or ``again`` in any case. Wide spreads are measured once
@@ -62,9 +64,14 @@ class Profiler:
         self.taken, self.noisy = self.taken + 1, self.noisy + (best.spread > SPREAD)
         append_row(self.path, timing_row(self.timings.conditions, layer, n_tb, k_chunk, best.us, best.spread,
                                          best.samples))
-        self.timings.add(layer, n_tb, k_chunk, best.us)
+        self.timings.add(layer, n_tb, k_chunk, best.us, anew=self.is_stale(layer, n_tb, k_chunk))
+        self.fresh.add((shape_of(layer), n_tb, k_chunk))
         self.skip()
         return best
+
+    def is_stale(self, layer: Layer, n_tb: int, k_chunk: int) -> bool:
+        """Whether what is known of a point comes from saved rows alone, measured under clocks that may have been others."""
+        return (shape_of(layer), n_tb if k_chunk else 0, k_chunk) not in self.fresh
 
     def skip(self) -> None:
         """Count a point that needs no further measuring."""
@@ -108,9 +115,9 @@ def measure_coarsely(profiler: Profiler, layer: Layer, points: Sequence[tuple[in
 
 
 def refine(profiler: Profiler, decisions: Sequence[Callable[[Timings], Mapping[Layer, Setting]]],
-           rounds: int = ROUNDS) -> None:
+           rounds: int = ROUNDS, afresh: bool = False) -> None:
     """Measure what each of ``decisions`` chooses, and one channel to either side, until it chooses only what was
-    measured, for at most so many ``rounds``.
+    measured, ``afresh`` if it is to be by this profiler, for at most so many ``rounds``.
 
     A choice at the end of the measured range makes the range half as long again.
     """
@@ -126,7 +133,9 @@ def refine(profiler: Profiler, decisions: Sequence[Callable[[Timings], Mapping[L
                 around = [k for k in (setting.k_chunk - 1, setting.k_chunk, setting.k_chunk + 1) if 0 < k <= last]
                 missing += [(layer, setting.n_tb, k) for k in around + beyond
                             if not timings.measured(layer, setting.n_tb, k)]
+                if afresh and profiler.is_stale(layer, setting.n_tb, setting.k_chunk):
+                    missing.append((layer, setting.n_tb, setting.k_chunk))
             if not missing:
                 break
-            for point in missing:
-                profiler.measure(*point)
+            for layer, n_tb, k_chunk in missing:
+                profiler.measure(layer, n_tb, k_chunk, again=afresh and profiler.is_stale(layer, n_tb, k_chunk))

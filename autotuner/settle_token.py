@@ -14,10 +14,11 @@ from decide import Target, total_us
 from phases import Setting
 from profiling import Profiler, refine
 from quality import fastest
-from settle import AGREE, ATTEMPTS, Decision, Settled, predicted
+from settle import AGREE, Decision, Settled, aim, nothing, predicted
 from shapes import Layer
 from timings import Timings
 
+ATTEMPTS = 6
 ROUNDS = 1  # of refinement before a choice: a token says more about it than one more kernel
 PROBED = 8  # k_chunk at which a kind of layer is compensated to see what it costs
 
@@ -79,14 +80,12 @@ def settle_token(timings: Timings, profiler: Profiler | None, decision: Decision
     target and the runtime agrees with the prediction within ``AGREE`` points.
 
     ``exposed`` as :func:`exposed_by_kind` found it. The ``ratio`` of measured to predicted corrects what it misses; the
-    last one is returned too, for the next target to begin with. Choices aim a little below the target, so that noise
-    does not carry them over it. Where nothing agrees, the choice that keeps the target most closely is taken, or
-    failing that the fastest.
+    last one is returned too, for the next target to begin with. Where nothing agrees, the choice that keeps the target
+    most closely is taken, and where none keeps it, nothing is compensated.
     """
-    aim = target.percent - min(AGREE / 2, 0.1 * target.percent)
-    tried = []
+    keeping = []
     for _ in range(ATTEMPTS):
-        allowed = replace(target, percent=aim / ratio)
+        allowed = replace(target, percent=aim(target) / ratio)
         if profiler is not None:
             refine(profiler, [lambda table, allowed=allowed: decision(InToken(table, exposed), allowed)], ROUNDS)
         in_token = InToken(timings, exposed)
@@ -94,17 +93,17 @@ def settle_token(timings: Timings, profiler: Profiler | None, decision: Decision
         expected = predicted(in_token, settings, target).predicted_percent
         settled = replace(predicted(timings, settings, target), predicted_percent=ratio * expected)
         if not any(setting.k_chunk for setting in settings.values()):
-            tried.append(replace(settled, measured_percent=0.0))
             break
         settled = replace(settled, measured_percent=token_percent(settled))
-        tried.append(settled)
         keeps = settled.measured_percent <= target.percent
+        if keeps:
+            keeping.append(settled)
         agrees = abs(settled.measured_percent - settled.predicted_percent) <= AGREE
         if expected > 0:
             ratio = max(0.1, settled.measured_percent / expected, 0.0 if keeps else 1.02 * ratio)
+        elif not keeps:  # the overlap that was seen when its kind was asked about is not there
+            exposed = {kind: max(0.0, us) for kind, us in exposed.items()}
         if keeps and agrees:
             return settled, ratio
-    keeping = [settled for settled in tried if settled.measured_percent <= target.percent]
-    if keeping:
-        return max(keeping, key=lambda settled: settled.measured_percent), ratio
-    return min(tried, key=lambda settled: settled.measured_percent), ratio
+    best = max(keeping, key=lambda settled: settled.measured_percent) if keeping else nothing(timings, target)
+    return best, ratio

@@ -82,12 +82,14 @@ class Timings:
                 raise UserError(f"profile: a timing row misses or garbles a field ({type(error).__name__}: {error}); "
                                 "profile again") from None
 
-    def add(self, layer: Layer, n_tb: int, k_chunk: int, us: float) -> None:
-        """One more measurement of a point, whose time is the median of all."""
+    def add(self, layer: Layer, n_tb: int, k_chunk: int, us: float, anew: bool = False) -> None:
+        """One more measurement of a point, whose time is the median of all; ``anew``: those before no longer count."""
         if not us > 0:
             raise UserError(f"profile: {layer.label}, n_tb {n_tb}, k_chunk {k_chunk}: expected a positive time, "
                             f"got {us}")
         seen = self._seen[shape_of(layer), n_tb, k_chunk]
+        if anew:
+            seen.clear()
         seen.append(us)
         self.points[layer][n_tb][k_chunk] = statistics.median(seen)
 

@@ -82,9 +82,8 @@ def tune(shapes: Shapes, session: Session, rows: list[dict], targets: list[Targe
         tuned.append(tuned_of(target, settled))
         if token_timer is not None and target.scope == "kernel":
             tuned[-1] = replace(tuned[-1], token_percent=token_percent(settled))
-        if (settled.measured_percent or 0.0) > target.percent:
-            print(f"warning: target {target.percent:g} %: no choice was measured to keep it, the last took "
-                  f"{settled.measured_percent:.1f} %", file=sys.stderr)
+        if not any(setting.k_chunk for setting in settled.settings.values()):
+            print(f"target {target.percent:g} %: nothing keeps it, so nothing is compensated", file=sys.stderr)
     if profiler is not None:
         profiler.warn_if_noisy()
     return plan_of(tuned)

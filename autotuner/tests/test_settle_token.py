@@ -90,3 +90,22 @@ def test_a_target_that_permits_nothing_compensates_nothing():
                               expensive)
     assert settled.measured_percent == 0 and asked.asked == 0
     assert all(setting.k_chunk == 0 for setting in settled.settings.values())
+
+
+def test_an_overlap_that_is_not_there_is_given_up():
+    """Where asking about a kind went wrong, its kernels seem to cost a token nothing."""
+    timings = table(each_block=True)
+    gains = {layer: [k**0.5 for k in range(1025)] for layer in timings.layers}
+    target, asked = Target(5, "end-to-end", REST), runtime(timings)
+    settled, _ = settle_token(timings, None, lambda table, target: decide(table, target, gains, 30), target, asked,
+                              dict.fromkeys(HIDDEN, -60.0))
+    assert 4 < settled.measured_percent <= 5
+    assert settled.predicted_percent == pytest.approx(settled.measured_percent, abs=0.5)
+
+
+def test_where_no_choice_keeps_the_target_nothing_is_compensated():
+    timings = table()
+    always = dict.fromkeys(timings.layers, Setting(8, 40))
+    settled, _ = settle_token(timings, None, lambda table, target: always, Target(1, "end-to-end", REST),
+                              runtime(timings), HIDDEN)
+    assert settled.measured_percent == 0 and not any(setting.k_chunk for setting in settled.settings.values())
