@@ -23,6 +23,8 @@ from sampling import Sampling
 from step_profile import profile, table
 from stepper import Stepper
 
+WARM_UP_TOKENS = 32  # enough for allocators, graphs and clocks to settle
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -47,31 +49,31 @@ class Measured:
                 "pinned_bytes": self.pinned_bytes}
 
 
-def measure(stepper: Stepper, prompt_tokens: int, new_tokens: int, runs: int, warm_up: int = 1,
+def measure(stepper: Stepper, prompt_tokens: int, new_tokens: int, runs: int,
             sampling: Sampling = Sampling()) -> Measured:
-    """Decode ``new_tokens`` after a random prompt of ``prompt_tokens``, ``warm_up + runs`` times."""
+    """Decode ``new_tokens`` after a random prompt of ``prompt_tokens``, ``runs`` times, after a shorter time to warm up."""
     device = stepper.token.device
     synchronize = torch.cuda.synchronize if stepper.on_gpu else lambda: None
     if stepper.on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     prompt = random_prompt(stepper, prompt_tokens)
     times, prefill_times = [], []
-    for _ in range(warm_up + runs):
+    for tokens in (min(WARM_UP_TOKENS, new_tokens), *[new_tokens] * runs):
         stepper.begin(prompt_tokens + new_tokens, sampling)
         synchronize()
         start = time.perf_counter()
         stepper.prefill(prompt)
         synchronize()
         read = time.perf_counter()
-        for _ in range(new_tokens):
+        for _ in range(tokens):
             stepper.advance()
         synchronize()
-        times.append((time.perf_counter() - read) * 1e3 / new_tokens)
+        times.append((time.perf_counter() - read) * 1e3 / tokens)
         prefill_times.append((read - start) * 1e3)
     memory = hub.memory(stepper.decoder)
     embedding = stepper.decoder.embed.weight
     tied = embedding is stepper.decoder.head.weight
-    return Measured(tuple(times[warm_up:]), statistics.median(prefill_times[warm_up:]),
+    return Measured(tuple(times[1:]), statistics.median(prefill_times[1:]),
                     memory["device_bytes"] - (0 if tied else embedding.nbytes),
                     torch.cuda.max_memory_allocated(device) if stepper.on_gpu else 0, memory["host_bytes"])
 

@@ -64,11 +64,12 @@ class Rotary(nn.Module):
         return self
 
     def at(self, positions: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines ``(T, 1, rotary)`` of ``positions`` ``(T,)`` in a sequence of ``length`` tokens."""
+        """For :func:`_rotate`: cosines of ``positions`` ``(T,)`` in a sequence of ``length`` tokens, and sines, those of the first
+        half negative, each ``(T, 1, rotary)``."""
         row = self.frequencies[-1 if self.long_from and length > self.long_from else 0]
-        angles = positions[:, None].float() * row
-        angles = torch.cat((angles, angles), dim=-1)[:, None]
-        return tuple((f(angles) * self.scaling).to(dtype) for f in (torch.cos, torch.sin))
+        angles = (positions[:, None].float() * row)[:, None]
+        cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
+        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 class Block(nn.Module):
@@ -90,14 +91,15 @@ class Block(nn.Module):
         probe = torch.linspace(-4, 4, 33)
         self.silu = torch.equal(self.activation(probe), F.silu(probe))
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], positions: Tensor, mask: Tensor, keys: Tensor,
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], positions: Tensor, mask: Tensor | None, keys: Tensor,
                 values: Tensor) -> Tensor:
         """Several tokens ``x`` ``(T, hidden)``; ``keys`` and ``values`` ``(kv_heads, length, head_dim)`` are written at
         ``positions`` ``(T,)``.
 
-        ``mask`` is bool ``(T, live)``: the first ``live`` places of the cache are attended where it is true.
+        ``mask`` is bool ``(T, live)``: the first ``live`` places of the cache are attended where it is true. Without one
+        the tokens are a sequence's first, and each attends to all up to itself.
         """
-        heads, kv_heads, live = self.heads, self.kv_heads, mask.shape[1]
+        heads, kv_heads, live = self.heads, self.kv_heads, len(x) if mask is None else mask.shape[1]
         qk, v = self.qkv(self.input_norm(x)).view(len(x), -1, self.head_dim).split((heads + kv_heads, kv_heads), dim=1)
         if self.q_norm is not None:
             qk = torch.cat((self.q_norm(qk[:, :heads]), self.k_norm(qk[:, heads:])), dim=1)
@@ -105,8 +107,8 @@ class Block(nn.Module):
         keys.index_copy_(1, positions, k)
         values.index_copy_(1, positions, v.transpose(0, 1))
         attended = F.scaled_dot_product_attention(q[None], keys[None, :, :live],
-                                                  values[None, :, :live], attn_mask=mask, scale=self.scaling,
-                                                  enable_gqa=heads != kv_heads)
+                                                  values[None, :, :live], attn_mask=mask, is_causal=mask is None,
+                                                  scale=self.scaling, enable_gqa=heads != kv_heads)
         x = x + self.o(attended[0].transpose(0, 1).reshape(len(x), heads * self.head_dim))
         return x + self.d(self._gated(self.gu(self.mlp_norm(x))))
 
@@ -193,11 +195,8 @@ class Decoder(nn.Module):
         """
         x = self.embed(tokens)
         rotary = self.rotary.at(positions, length, x.dtype)
-        place = torch.arange(live, device=tokens.device)
-        masks = {None: place <= positions[:, None]}
+        masks = {window: _mask(positions, live, window) for window in {block.window for block in self.blocks}}
         for i, block in enumerate(self.blocks):
-            if block.window not in masks:
-                masks[block.window] = masks[None] & (place > positions[:, None] - block.window)
             x = block(x, rotary, positions, masks[block.window], self.keys[i], self.values[i])
         return self.norm(x)
 
@@ -213,11 +212,22 @@ class Decoder(nn.Module):
         return self.head(self.norm(x))
 
 
+def _mask(positions: Tensor, live: int, window: int | None) -> Tensor | None:
+    """Which of the first ``live`` places the tokens at ``positions`` ``(T,)`` attend to, bool ``(T, live)``; None, which spares
+    every block some small kernels, where it is all up to themselves and they are the first."""
+    if len(positions) == live and (window is None or window >= live):
+        return None
+    place = torch.arange(live, device=positions.device)
+    mask = place <= positions[:, None]
+    return mask if window is None else mask & (place > positions[:, None] - window)
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on the first ``cos.shape[-1]`` of the last dimension of ``x`` ``(T, heads, head_dim)``."""
+    """Rotary positions on the first ``cos.shape[-1]`` of the last dimension of ``x`` ``(T, heads, head_dim)``; sines as
+    :meth:`Rotary.at` gives them."""
     turned, rest = x[..., :cos.shape[-1]], x[..., cos.shape[-1]:]
     first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    turned = torch.addcmul(turned * cos, torch.cat((second, first), dim=-1), sin)
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
