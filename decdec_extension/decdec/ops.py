@@ -3,8 +3,8 @@
 One schema serves the CPU and the CUDA implementation; :mod:`decdec.reference` is the specification of both. Conventions:
 
 * ``x`` is ``(batch, d_in)``; float16, bfloat16 or (CPU only) float32. Outputs are ``(batch, d_out)`` in its dtype;
-  sums are accumulated in float32. Every batch row selects its own channels. CUDA takes at most 8 rows. ``bias`` has the
-  dtype of ``x``. The wrappers make ``x`` contiguous; every other tensor must be.
+  sums are accumulated in float32. Every batch row selects its own channels. CUDA reads the weights once for every 8 rows.
+  ``bias`` has the dtype of ``x``. The wrappers make ``x`` contiguous; every other tensor must be.
 * Base weights are in the tile layout of :mod:`decdec.packing`; their bits (2, 3 or 4) are ``qweight.shape[2]``.
   Codebook weights: ``W[o, i] = scale[o] * codebook[o, code]``, ``codebook`` int16 ``(d_out, 2**bits)``, ``scale`` float32
   ``(d_out,)``. Uniform weights: ``W[o, i] = scales[g, o] * (code - zeros[g, o])`` with ``g = i // group_size``; ``scales`` and

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from decdec import packing, reference
 from decdec.artifacts import Thresholds
 from decdec.errors import UserError
-from decdec.linear import FEW_ROWS, Compensation, CompensatedLinear, fuse
+from decdec.linear import BASE_ROWS, FEW_ROWS, Compensation, CompensatedLinear, fuse
 
 NAME = "model.layers.0.self_attn.q_proj"
 
@@ -127,7 +127,7 @@ def test_scales_of_a_nested_residual_are_the_bases_own():
     assert layer.residual_scale is not layer.scales
 
 
-@pytest.mark.parametrize("rows", [3, FEW_ROWS + 3])
+@pytest.mark.parametrize("rows", [3, FEW_ROWS + 3, BASE_ROWS + 3])
 def test_only_single_positions_are_compensated_unless_prefill_asks(rows):
     layer = make_layer()
     x = torch.randn((rows, layer.in_features))

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from decdec import hub, packing
 from decdec.artifacts import REPAIR, REPAIRED_CHEATSHEET, Repair, load_cheatsheet, load_repair, read_quant_config, save_repair
 from decdec.errors import UserError
-from decdec.linear import FEW_ROWS, Compensation, CompensatedLinear, fuse
+from decdec.linear import BASE_ROWS, FEW_ROWS, Compensation, CompensatedLinear, fuse
 from decdec.models import load_model
 from decdec.repair import LayerRepair, join
 from decdec.testing import add_repair, quick_folder
@@ -66,7 +66,7 @@ def test_layers_follow_the_formula(centred, k_chunk):
     repair = repair_of(mean=mean)
     layer, base, residual = layer_of(repair)
     layer.compensate(Compensation(k_chunk, "exact", prefill=True, repair=True))
-    x = inputs(FEW_ROWS + 5, mean)
+    x = inputs(BASE_ROWS + 5, mean)
     want = expected(x, base, residual, repair, k_chunk).float()
     assert_close(layer(x), want, rtol=1e-4, atol=2e-3)  # by dequantizing
     assert_close(layer(x[:FEW_ROWS]), want[:FEW_ROWS], rtol=1e-4, atol=2e-3)  # by the ops

@@ -24,6 +24,15 @@ const T* data(const OptionalTensor& tensor) {
   return tensor ? data<T>(*tensor) : nullptr;
 }
 
+// Kernels read this tensor so many bytes at once: refuses a view that begins between two such pieces.
+inline void check_aligned(const char* op, const char* argument, const Tensor& tensor, int64_t bytes = 16) {
+  const int64_t beyond = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % bytes;
+  if (beyond == 0) return;
+  std::ostringstream expected;
+  expected << "memory that begins at a multiple of " << bytes << " bytes (a clone's does)";
+  fail(op, argument, expected.str(), describe(tensor) + ", " + std::to_string(beyond) + " bytes beyond one");
+}
+
 inline cuda::Dtype dtype_of(ScalarType dtype) {
   using cuda::Dtype;
   return dtype == ScalarType::Half ? Dtype::kHalf : dtype == ScalarType::BFloat16 ? Dtype::kBfloat16 : Dtype::kFloat;

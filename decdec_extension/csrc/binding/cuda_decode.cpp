@@ -12,19 +12,22 @@ namespace {
 
 constexpr int64_t kVector = 8;  // numbers that a thread reads at once
 
-void check_vectors(const char* op, const Tensor& x, int64_t multiple) {
+void check_vectors(const char* op, const char* argument, const Tensor& x, int64_t multiple) {
   const bool half = x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16;
-  if (x.dim() == 2 && half && x.is_contiguous() && x.size(1) > 0 && x.size(1) % multiple == 0) return;
+  if (x.dim() == 2 && half && x.is_contiguous() && x.size(1) > 0 && x.size(1) % multiple == 0) {
+    return check_aligned(op, argument, x);
+  }
   std::ostringstream expected;
   expected << "contiguous float16 or bfloat16 (rows, width) on CUDA, width a multiple of " << multiple;
-  fail(op, "x", expected.str(), describe(x));
+  fail(op, argument, expected.str(), describe(x));
 }
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   const char* op = "rms_norm";
-  check_vectors(op, x, kVector);
+  check_vectors(op, "x", x, kVector);
   if (x.size(1) > 32768) fail(op, "x", "at most 32768 numbers a row on CUDA", describe(x));
   check_tensor(op, "weight", weight, x.scalar_type(), {x.size(1)}, x);
+  check_aligned(op, "weight", weight);
   const OnDevice device(x);
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   if (x.size(0) > 0) {
@@ -36,7 +39,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
 }
 
 Tensor silu_mul(const Tensor& x) {
-  check_vectors("silu_mul", x, 2 * kVector);
+  check_vectors("silu_mul", "x", x, 2 * kVector);
   const OnDevice device(x);
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1) / 2});
   if (x.size(0) > 0) {
@@ -51,7 +54,7 @@ Tensor attend(const Tensor& qkv, const Tensor& position, Tensor keys, Tensor val
               double rotary_scaling, int64_t long_from, double scaling, int64_t window, const OptionalTensor& q_norm,
               const OptionalTensor& k_norm, double eps, int64_t live_at_most, const OptionalTensor& workspace) {
   const char* op = "attend";
-  check_vectors(op, qkv, kVector);
+  check_vectors(op, "qkv", qkv, kVector);
   if (keys.dim() != 3 || keys.size(0) < 1 || keys.size(1) < 1 || keys.size(2) % kVector != 0 ||
       keys.size(2) > cuda::kMaxHeadDim) {
     fail(op, "keys", "(kv_heads, places, head_dim), head_dim a multiple of 8 up to 256 on CUDA", describe(keys));
@@ -59,6 +62,8 @@ Tensor attend(const Tensor& qkv, const Tensor& position, Tensor keys, Tensor val
   const int64_t kv_heads = keys.size(0), places = keys.size(1), dim = keys.size(2);
   check_tensor(op, "keys", keys, qkv.scalar_type(), {kv_heads, places, dim}, qkv);
   check_tensor(op, "values", values, qkv.scalar_type(), {kv_heads, places, dim}, qkv);
+  check_aligned(op, "keys", keys);
+  check_aligned(op, "values", values);
   const int64_t heads = qkv.size(1) / dim - 2 * kv_heads;
   if (qkv.size(0) != 1 || qkv.size(1) % dim != 0 || heads < 1 || heads % kv_heads != 0) {
     fail(op, "qkv", "(1, (heads + 2 kv_heads) * head_dim), heads a multiple of kv_heads", describe(qkv));
@@ -109,10 +114,11 @@ Tensor attend(const Tensor& qkv, const Tensor& position, Tensor keys, Tensor val
 
 Tensor head_gemv(const Tensor& x, const Tensor& weight, const OptionalTensor& scale) {
   const char* op = "head_gemv";
-  check_vectors(op, x, scale ? 2 * kVector : kVector);
+  check_vectors(op, "x", x, scale ? 2 * kVector : kVector);
   if (x.size(0) != 1 || x.size(1) > 32768) fail(op, "x", "one row of at most 32768 numbers on CUDA", describe(x));
   const int64_t rows = weight.dim() == 2 ? weight.size(0) : 0;
   check_tensor(op, "weight", weight, scale ? ScalarType::Char : x.scalar_type(), {rows, x.size(1)}, x);
+  check_aligned(op, "weight", weight);
   if (scale) check_tensor(op, "scale", *scale, ScalarType::Float, {rows}, x);
   const OnDevice device(x);
   Tensor out = torch::stable::new_empty(x, {1, rows}, ScalarType::Float);
@@ -128,6 +134,7 @@ Tensor argmax(const Tensor& x, const OptionalTensor& workspace) {
   const char* op = "argmax";
   check_tensor(op, "x", x, ScalarType::Float, {1, x.dim() == 2 ? x.size(1) : 0}, x);
   if (x.size(1) < 1 || x.size(1) > INT32_MAX) fail(op, "x", "at least one number", describe(x));
+  check_aligned(op, "x", x);
   constexpr int64_t kBytes = 16;
   const OnDevice device(x);
   const Tensor best = zeroed_workspace(op, workspace, kBytes, x);

@@ -28,11 +28,10 @@ void check_cuda_x(const char* op, const Tensor& x) {
   if (x.size(1) >= cuda::kMaxInputs) fail(op, "x", "fewer than 65536 inputs on CUDA", describe(x));
 }
 
-void check_rows(const char* op, const Tensor& x) {
-  if (x.size(0) > cuda::kMaxBatch) fail(op, "x", "at most 8 rows on CUDA", describe(x));
-}
-
-Weights codebook_weights(const Tensor& qweight, const Tensor& codebook, const Tensor& scale, int64_t d_in) {
+Weights codebook_weights(const char* op, const Tensor& qweight, const Tensor& codebook, const Tensor& scale,
+                         int64_t d_in) {
+  check_aligned(op, "qweight", qweight);
+  check_aligned(op, "codebook", codebook);
   Weights w{};
   w.qweight = data<uint32_t>(qweight);
   w.codebook = data<int16_t>(codebook);
@@ -43,7 +42,12 @@ Weights codebook_weights(const Tensor& qweight, const Tensor& codebook, const Te
   return w;
 }
 
-Weights uniform_weights(const Tensor& qweight, const Tensor& scales, const Tensor& zeros, int64_t d_in) {
+Weights uniform_weights(const char* op, const Tensor& qweight, const Tensor& scales, const Tensor& zeros,
+                        int64_t d_in) {
+  check_aligned(op, "qweight", qweight);
+  const int64_t pair = scales.size(1) % 2 == 0 ? 4 : 2;
+  check_aligned(op, "scales", scales, pair);
+  check_aligned(op, "zeros", zeros, pair);
   Weights w{};
   w.qweight = data<uint32_t>(qweight);
   w.scales = data<uint16_t>(scales);
@@ -55,8 +59,9 @@ Weights uniform_weights(const Tensor& qweight, const Tensor& scales, const Tenso
   return w;
 }
 
-void set_residual(Compensation& c, const Tensor& residual, const OptionalTensor& scale, int64_t bits, bool nested,
-                  const OptionalTensor& row_scale) {
+void set_residual(const char* op, Compensation& c, const Tensor& residual, const OptionalTensor& scale, int64_t bits,
+                  bool nested, const OptionalTensor& row_scale) {
+  check_aligned(op, "residual", residual);
   c.residual = data<uint8_t>(residual);
   c.residual_scale = data<uint16_t>(scale);
   c.row_bytes = residual.size(1);
@@ -104,13 +109,14 @@ void set_norm(const char* op, GemvParams& p, const Tensor& x, Format format, con
   if (x.size(1) % 8 != 0 || (format == Format::kUniform && (p.weights.group_size % 32 || p.weights.d_out % 2))) {
     fail(op, "norm", "None on CUDA for this shape", describe(*norm.weight));
   }
+  check_aligned(op, "norm", *norm.weight);
+  check_aligned(op, "x", x);  // without a norm read in smaller pieces where it has to be
   p.norm = norm.weight->data_ptr();
   p.norm_eps = static_cast<float>(norm.eps);
 }
 
 Tensor multiply(const char* op, const Tensor& x, Format format, int64_t bits, const Weights& weights,
                 const OptionalTensor& bias, const NormArguments& norm) {
-  check_rows(op, x);
   check_bias(op, bias, weights.d_out, x);
   const OnDevice device(x);
   Tensor out = empty_like_x(x, weights.d_out);
@@ -124,7 +130,6 @@ Tensor multiply(const char* op, const Tensor& x, Format format, int64_t bits, co
 Tensor multiply_compensated(const char* op, const Tensor& x, Format format, int64_t bits, const Weights& weights,
                             const OptionalTensor& bias, const CompensationArguments& a,
                             const NormArguments& norm) {
-  check_rows(op, x);
   check_bias(op, bias, weights.d_out, x);
   a.check(op, weights.d_in, weights.d_out, x);
   const OnDevice device(x);
@@ -135,7 +140,7 @@ Tensor multiply_compensated(const char* op, const Tensor& x, Format format, int6
   OptionalTensor workspace;  // held until the launch
   if (a.k_chunk > 0 && x.size(0) > 0) {
     Compensation& c = p.compensation;
-    set_residual(c, a.residual, a.residual_scale, a.residual_bits, a.nested, a.row_scale);
+    set_residual(op, c, a.residual, a.residual_scale, a.residual_bits, a.nested, a.row_scale);
     set_selection(c, weights.d_in, a.k_chunk, a.b_0, a.b_15, a.center);
     workspace = zeroed_workspace(op, a.workspace, x.size(0) * weights.d_out * 8, x);
     c.workspace = static_cast<uint64_t*>(workspace->data_ptr());
@@ -157,7 +162,7 @@ Tensor codebook_dequantize(const Tensor& qweight, const Tensor& codebook, const 
   const char* op = "codebook_dequantize";
   check_codebook(op, qweight, codebook, scale, d_in, qweight);
   check_out_dtype(op, dtype);
-  return dequantize(qweight, Format::kCodebook, qweight.size(2), codebook_weights(qweight, codebook, scale, d_in),
+  return dequantize(qweight, Format::kCodebook, qweight.size(2), codebook_weights(op, qweight, codebook, scale, d_in),
                     dtype);
 }
 
@@ -166,7 +171,8 @@ Tensor uniform_dequantize(const Tensor& qweight, const Tensor& scales, const Ten
   const char* op = "uniform_dequantize";
   check_uniform(op, qweight, scales, zeros, d_in, qweight);
   check_out_dtype(op, dtype);
-  return dequantize(qweight, Format::kUniform, qweight.size(2), uniform_weights(qweight, scales, zeros, d_in), dtype);
+  return dequantize(qweight, Format::kUniform, qweight.size(2), uniform_weights(op, qweight, scales, zeros, d_in),
+                    dtype);
 }
 
 Tensor residual_dequantize(const Tensor& residual, const OptionalTensor& residual_scale, int64_t residual_bits,
@@ -178,7 +184,7 @@ Tensor residual_dequantize(const Tensor& residual, const OptionalTensor& residua
   const OnDevice device(residual);
   Tensor out = torch::stable::new_empty(residual, {residual.size(0), d_out}, dtype);
   Compensation c{};
-  set_residual(c, residual, residual_scale, residual_bits, nested, std::nullopt);
+  set_residual(op, c, residual, residual_scale, residual_bits, nested, std::nullopt);
   cuda::launch_residual_dequantize(c, static_cast<int>(residual.size(0)), static_cast<int>(d_out), out.data_ptr(),
                                    dtype_of(dtype), device.stream);
   return out;
@@ -189,7 +195,7 @@ Tensor codebook_gemv(const Tensor& x, const Tensor& qweight, const Tensor& codeb
   const char* op = "codebook_gemv";
   check_cuda_x(op, x);
   check_codebook(op, qweight, codebook, scale, x.size(1), x);
-  return multiply(op, x, Format::kCodebook, qweight.size(2), codebook_weights(qweight, codebook, scale, x.size(1)),
+  return multiply(op, x, Format::kCodebook, qweight.size(2), codebook_weights(op, qweight, codebook, scale, x.size(1)),
                   bias, {norm, norm_eps});
 }
 
@@ -198,8 +204,8 @@ Tensor uniform_gemv(const Tensor& x, const Tensor& qweight, const Tensor& scales
   const char* op = "uniform_gemv";
   check_cuda_x(op, x);
   check_uniform(op, qweight, scales, zeros, x.size(1), x);
-  return multiply(op, x, Format::kUniform, qweight.size(2), uniform_weights(qweight, scales, zeros, x.size(1)), bias,
-                  {norm, norm_eps});
+  return multiply(op, x, Format::kUniform, qweight.size(2), uniform_weights(op, qweight, scales, zeros, x.size(1)),
+                  bias, {norm, norm_eps});
 }
 
 Tensor select_channels(const Tensor& x, int64_t k_chunk, const std::optional<double>& b_0,
@@ -230,7 +236,7 @@ Tensor residual_gemv(const Tensor& x, const Tensor& indices, const Tensor& resid
   const OnDevice device(x);
   Tensor out = empty_like_x(x, d_out);
   Compensation c{};
-  set_residual(c, residual, residual_scale, residual_bits, nested, row_scale);
+  set_residual(op, c, residual, residual_scale, residual_bits, nested, row_scale);
   c.center = data<float>(center);
   c.selected = static_cast<int>(indices.size(1));
   if (out.numel() > 0) {
@@ -251,7 +257,7 @@ Tensor codebook_gemv_compensated(const Tensor& x, const Tensor& qweight, const T
   check_cuda_x(op, x);
   check_codebook(op, qweight, codebook, scale, x.size(1), x);
   return multiply_compensated(
-      op, x, Format::kCodebook, qweight.size(2), codebook_weights(qweight, codebook, scale, x.size(1)), bias,
+      op, x, Format::kCodebook, qweight.size(2), codebook_weights(op, qweight, codebook, scale, x.size(1)), bias,
       {residual, residual_scale, residual_bits, nested, k_chunk, b_0, b_15, center, n_tb, workspace, row_scale},
       {norm, norm_eps});
 }
@@ -266,7 +272,7 @@ Tensor uniform_gemv_compensated(const Tensor& x, const Tensor& qweight, const Te
   check_cuda_x(op, x);
   check_uniform(op, qweight, scales, zeros, x.size(1), x);
   return multiply_compensated(
-      op, x, Format::kUniform, qweight.size(2), uniform_weights(qweight, scales, zeros, x.size(1)), bias,
+      op, x, Format::kUniform, qweight.size(2), uniform_weights(op, qweight, scales, zeros, x.size(1)), bias,
       {residual, residual_scale, residual_bits, nested, k_chunk, b_0, b_15, center, n_tb, workspace, row_scale},
       {norm, norm_eps});
 }

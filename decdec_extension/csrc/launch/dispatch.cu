@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -108,10 +109,11 @@ void launch_gemv(Format format, int bits, GemvParams params, cudaStream_t stream
   const Instance& instance = find(format, bits);
   const Device device = current_device();
   Compensation& c = params.compensation;
-  const auto plan = plan_gemv(device, format, bits, params.weights, params.batch, c.n_tb);
-  if (!plan && params.batch > 1) {  // so many rows do not fit at once (GPUs with 99 KB of shared memory a block)
+  std::optional<GemvPlan> plan;
+  if (params.batch <= kMaxBatch) plan = plan_gemv(device, format, bits, params.weights, params.batch, c.n_tb);
+  if (!plan && params.batch > 1) {  // too many rows for one launch, on GPUs with 99 KB of shared memory a block maybe below 8
     GemvParams rest = params;
-    params.batch /= 2, rest.batch -= params.batch;
+    params.batch = params.batch > kMaxBatch ? kMaxBatch : params.batch / 2, rest.batch -= params.batch;
     rest.x = static_cast<const uint16_t*>(params.x) + int64_t{params.batch} * params.weights.d_in;
     rest.out = static_cast<uint16_t*>(params.out) + int64_t{params.batch} * params.weights.d_out;
     if (c.n_tb > 0) rest.compensation.workspace += int64_t{params.batch} * params.weights.d_out;

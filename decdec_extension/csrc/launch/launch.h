@@ -18,8 +18,8 @@ Device current_device();
 // Whether a fetching block keeps the values of so many selected channels, which with them needs `bytes` of shared memory.
 bool keeps_values(const Device& device, int selected, int bytes);
 
-// Base GEMV, compensated where params.compensation.n_tb > 0; in parts where so many rows do not fit. Sets params.plan and
-// params.compensation.kept itself.
+// Base GEMV, compensated where params.compensation.n_tb > 0; of more than kMaxBatch rows, or where fewer do not fit, in several
+// launches. Sets params.plan and params.compensation.kept itself.
 void launch_gemv(Format format, int bits, GemvParams params, cudaStream_t stream);
 
 // out: (d_out, d_in) of dtype.
