@@ -1,12 +1,15 @@
 """Random packed weights and residuals, each with the float64 matrix it stands for, computed here and not by decdec."""
 
+import ctypes
+import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from decdec import packing
+from decdec import decode_ops, ops, packing
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,30 @@ class Residual:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def emulated_library() -> ctypes.CDLL:
+    """The CUDA ops built for the CPU (emulated/build.py), loaded as ``torch.ops.decdec_emulated``."""
+    spec = importlib.util.spec_from_file_location("emulated_build", Path(__file__).parent / "emulated" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    library = module.build()
+    torch.ops.load_library(library)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture
+def emulation(emulated_library, monkeypatch):
+    """The CUDA ops stand in for the CPU's, on a small device of the H100's kind; ``emulation(...)`` makes it another."""
+
+    def device(sms: int = 3, shared_per_sm: int = 228 << 10, shared_per_block: int = 227 << 10, major: int = 9):
+        emulated_library.emulated_device(sms, shared_per_sm, shared_per_block, major, 0)
+
+    for module in (ops, decode_ops):
+        monkeypatch.setattr(module, "_ops", torch.ops.decdec_emulated)
+    device()
+    return device
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""The ops of a decoding step against Hugging Face's modules and plain attention, on the CPU and on a GPU."""
+"""The ops of a decoding step against Hugging Face's modules and plain attention, on the CPU and on a GPU; without one the
+CUDA ops run in the emulation (emulated/emulator.h)."""
 
 import pytest
 import torch
@@ -10,15 +11,29 @@ from decdec import ops as gemv
 from decdec import reference
 from decdec.testing import poison_shared_memory
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-DEVICES = [pytest.param("cpu", torch.float32), pytest.param("cuda", torch.float16, marks=gpu),
-           pytest.param("cuda", torch.bfloat16, marks=gpu)]
+GPU = torch.cuda.is_available()
+gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+CUDA = "cuda" if GPU else "emulated"
+DEVICES = [("cpu", torch.float32), (CUDA, torch.float16), (CUDA, torch.bfloat16)]
 # heads, kv_heads, head_dim, rotary, window, q/k norms, live lengths
 SHAPES = [(4, 4, 64, 64, 0, False, (1, 2, 64, 65, 300)),
           (8, 2, 128, 128, 0, False, (1, 63, 64, 65, 128, 129, 200, 255, 1999)),
           (14, 2, 128, 128, 0, True, (5, 700)), (9, 3, 64, 64, 100, False, (99, 100, 101, 500)),
           (4, 4, 96, 48, 0, False, (7, 130)), (2, 1, 16, 16, 3, True, (2, 9)), (8, 1, 256, 256, 0, False, (3, 1000)),
           (24, 2, 80, 40, 0, False, (333,)), (8, 8, 32, 32, 0, False, (111, 118, 130))]
+
+
+@pytest.fixture
+def device(request):
+    """Where a test's tensors are: those of the emulation are on the CPU."""
+    if request.param == "emulated":
+        request.getfixturevalue("emulation")
+        return "cpu"
+    return request.param
+
+
+on_each = pytest.mark.parametrize("device, dtype", DEVICES, indirect=["device"])
+on_cuda = pytest.mark.parametrize("device", [CUDA], indirect=True)
 
 
 def tolerance(dtype):
@@ -46,7 +61,7 @@ def attention(qkv, at, keys, values, frequencies, rotary_scaling, scaling, windo
     return out.reshape(1, -1), k
 
 
-@pytest.mark.parametrize("device, dtype", DEVICES)
+@on_each
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attend(shape, device, dtype):
     heads, kv_heads, dim, rotary, window, normed, lengths = shape
@@ -74,7 +89,7 @@ def test_attend(shape, device, dtype):
         assert not workspace.any()
 
 
-@pytest.mark.parametrize("device, dtype", DEVICES)
+@on_each
 @pytest.mark.parametrize("rows, width", [(1, 4096), (3, 576), (1, 8), (2, 10000), (1, 32768)])
 def test_norm_and_gate(rows, width, device, dtype):
     norm = LlamaRMSNorm(width, eps=1e-5).to(device, dtype)
@@ -86,7 +101,7 @@ def test_norm_and_gate(rows, width, device, dtype):
     assert_close(ops.silu_mul(gate_up).double(), gate * torch.sigmoid(gate) * up, **tolerance(dtype))
 
 
-@pytest.mark.parametrize("device, dtype", DEVICES)
+@on_each
 @pytest.mark.parametrize("vocabulary, width", [(1, 16), (1000, 576), (777, 4096), (50000, 64)])
 def test_head(vocabulary, width, device, dtype):
     x, weight = torch.randn(1, width, device=device).to(dtype), torch.randn(vocabulary, width, device=device).to(dtype)
@@ -96,7 +111,7 @@ def test_head(vocabulary, width, device, dtype):
     assert_close(ops.head_gemv(x, small, scale).double(), x.double() @ small.double().t() * scale, rtol=1e-3, atol=2e-2)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("device", ["cpu", CUDA], indirect=True)
 def test_argmax_takes_the_lowest_of_equals_and_nan_above_all(device):
     workspace = torch.zeros(16, dtype=torch.uint8, device=device)
     for width in (1, 5, 1000, 128256):
@@ -110,7 +125,7 @@ def test_argmax_takes_the_lowest_of_equals_and_nan_above_all(device):
     assert ops.argmax(torch.tensor([[-1.0, -0.0, 0.0]], device=device)).tolist() == [1]
 
 
-@pytest.mark.parametrize("device, dtype", DEVICES)
+@pytest.mark.parametrize("device, dtype", [each for each in DEVICES if each[0] != "emulated"], indirect=["device"])
 def test_schemas_and_fakes_hold(device, dtype):
     x = torch.randn(2, 64, device=device).to(dtype)
     keys = torch.zeros(2, 16, 16, device=device, dtype=dtype)
@@ -141,7 +156,7 @@ def test_attend_follows_its_position_in_a_captured_graph():
         assert_close(out.float(), want, rtol=1e-2, atol=1e-2)
 
 
-@gpu
+@on_cuda
 @pytest.mark.parametrize("call, match", [
     (lambda x: ops.rms_norm(x.float(), x[0].float(), 1e-6), "rms_norm: x: expected contiguous float16 or bfloat16"),
     (lambda x: ops.rms_norm(x, x[0, :8].clone(), 1e-6), "rms_norm: weight"),
@@ -149,24 +164,24 @@ def test_attend_follows_its_position_in_a_captured_graph():
     (lambda x: ops.head_gemv(x, x), "head_gemv: x: expected one row"),
     (lambda x: ops.head_gemv(x[:1], x, x[0].float()), "head_gemv: weight"),
 ])
-def test_wrong_arguments_are_named(call, match):
+def test_wrong_arguments_are_named(call, match, device):
     with pytest.raises(RuntimeError, match=match):
-        call(torch.randn(2, 64, device="cuda").half())
+        call(torch.randn(2, 64, device=device).half())
 
 
-@gpu
+@on_cuda
 @pytest.mark.parametrize("form", ["codebook", "uniform"])
 @pytest.mark.parametrize("d_in, batch, dtype", [(576, 1, torch.float16), (4096, 1, torch.bfloat16),
                                                 (4096, 3, torch.float16),
                                                 (14336, 1, torch.float16), (14336, 8, torch.bfloat16),
                                                 (1056, 2, torch.float16)])
-def test_a_gemv_norms_its_input_itself(make_base, make_residual, form, d_in, batch, dtype):
-    base, residual = make_base(form, d_in, 192, 3, 32), make_residual(d_in, 192, 4)
-    weights, packed = ([part.cuda() if isinstance(part, torch.Tensor) else part for part in made.args]
+def test_a_gemv_norms_its_input_itself(make_base, make_residual, form, d_in, batch, dtype, device):
+    base, residual = make_base(form, d_in, 64, 3, 32), make_residual(d_in, 64, 4)
+    weights, packed = ([part.to(device) if isinstance(part, torch.Tensor) else part for part in made.args]
                        for made in (base, residual))
     plain = gemv.codebook_gemv if form == "codebook" else gemv.uniform_gemv
     compensated = gemv.codebook_gemv_compensated if form == "codebook" else gemv.uniform_gemv_compensated
-    x, norm = torch.randn(batch, d_in, device="cuda").to(dtype) * 3, torch.rand(d_in, device="cuda").to(dtype) + 0.5
+    x, norm = torch.randn(batch, d_in, device=device).to(dtype) * 3, torch.rand(d_in, device=device).to(dtype) + 0.5
     normed = ops.rms_norm(x, norm, 1e-5)
     rounding = torch.finfo(dtype).eps * 4
     want = plain(normed, *weights)
@@ -179,7 +194,8 @@ def test_a_gemv_norms_its_input_itself(make_base, make_residual, form, d_in, bat
     want = compensated(normed, *weights, None, *packed, 16)
     assert (few - want).abs().mean() < 0.02 * want.std()
     x[0, 3] = torch.nan
-    assert plain(x, *weights, norm=norm, norm_eps=1e-5)[0].isnan().all()
+    out = plain(x, *weights, norm=norm, norm_eps=1e-5)
+    assert out[0].isnan().all() and out[1:].isfinite().all()
 
 
 def test_a_cpu_gemv_leaves_the_norm_to_its_op(make_base):

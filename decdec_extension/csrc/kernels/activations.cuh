@@ -7,6 +7,7 @@
 
 #pragma once
 
+#include "instructions.cuh"
 #include "norm.cuh"
 
 namespace decdec::cuda {
@@ -135,7 +136,7 @@ struct Octet {
 struct Facts {
   int exponent[kMaxBatch];  // of the rows' digits
   uint32_t largest[kMaxBatch][kWarps];
-  bool finite;  // all activations up to this panel
+  unsigned non_finite;  // bit r: row r has NaN or Inf, up to this panel
   unsigned per_tile, share;  // batches of a tile, and of a warp
 };
 static_assert(sizeof(Facts) == kFactBytes);
@@ -161,10 +162,10 @@ __device__ __forceinline__ void copy_inputs(const GemvParams& p, int row, int fi
 }
 
 // A panel's inputs from unit `first` on become digits, by the whole block. arrive() is called before the first
-// activations are read, between() when they are on the way; it closes kLater groups of copies. Returns whether all inputs
-// are finite.
+// activations are read, between() when they are on the way; it closes kLater groups of copies. Returns the rows that have
+// NaN or Inf, one a bit.
 template <bool kPairedInputs, Sums kSums, int kLater, class Arrive, class Between>
-__device__ __forceinline__ bool stage_panel(const GemvParams& p, int first, int units, uint8_t* digits, int* sums,
+__device__ __forceinline__ unsigned stage_panel(const GemvParams& p, int first, int units, uint8_t* digits, int* sums,
                                             Facts& facts, Arrive arrive, Between between) {
   constexpr int kStep = 4 * kWarps;  // a warp takes four units at a time
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, s = lane / 4 % 2, t = lane % 4;
@@ -224,13 +225,13 @@ __device__ __forceinline__ bool stage_panel(const GemvParams& p, int first, int 
     if (lane == 0) facts.largest[row][warp] = most;
   }
   __syncthreads();
-  bool finite = true;
+  unsigned non_finite = 0;
   for (int row = 0; row < p.batch; ++row) {
     const uint32_t of_warp = facts.largest[row][lane % kWarps];
     const bool row_finite = __all_sync(0xffffffff, of_warp < 1 << 16);
     const int exponent = exponent_of(__reduce_max_sync(0xffffffff, of_warp & 0xffff), p.dtype);
     const float scale = power_of_two(exponent);
-    finite = finite && row_finite;
+    non_finite |= unsigned(!row_finite) << row;
     if (threadIdx.x == 0) facts.exponent[row] = exponent;
     each([&](int unit) {
       Octet octet;
@@ -242,7 +243,7 @@ __device__ __forceinline__ bool stage_panel(const GemvParams& p, int first, int 
     });
   }
   __syncthreads();
-  return finite;
+  return non_finite;
 }
 
 }  // namespace decdec::cuda

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "decode_params.h"
-#include "primitives.cuh"
+#include "instructions.cuh"
 
 namespace decdec::cuda {
 

@@ -30,7 +30,7 @@ struct Outputs {
   __device__ __forceinline__ void expect(const int (&outputs)[kPlaces]) {
 #pragma unroll
     for (int n = 0; n < kPlaces; ++n) {
-      if (outputs[n] >= 0) asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(found[n]) : "l"(place(outputs[n])));
+      if (outputs[n] >= 0) found[n] = load_relaxed(place(outputs[n]));
     }
   }
 

@@ -132,7 +132,7 @@ __device__ __forceinline__ void base_gemv(const GemvParams& p, int block, uint8_
     // should not queue behind more of them than must be (H200, 3 bits: 4096x6144 6.6 us with two batches, 6.0 with one).
     int left = share.end - share.begin;
     stream.copy_next(ring, all_units, lane, left > 0, true);
-    const bool finite = stage_panel<Tile::kPairedInputs, Tile::kSums, kStages - 1>(
+    const unsigned non_finite = stage_panel<Tile::kPairedInputs, Tile::kSums, kStages - 1>(
         p, share.first, share.units, digits, sums, facts,
         [&] {
           if (panel == 0) wait_for_last_kernel();
@@ -143,7 +143,7 @@ __device__ __forceinline__ void base_gemv(const GemvParams& p, int block, uint8_
           }
         });
     if (threadIdx.x == 0) {
-      facts.finite = finite && (panel == 0 || facts.finite);
+      facts.non_finite = non_finite | (panel == 0 ? 0 : facts.non_finite);
       facts.per_tile = share.per_tile, facts.share = share.size;
     }
     if (panel == 0 && threadIdx.x < tiles * kTileRows) {  // their latency would lie bare at the end
@@ -222,9 +222,10 @@ __device__ __forceinline__ void base_gemv(const GemvParams& p, int block, uint8_
       if (panel + 1 < plan.panels) {
         carry[i] = v;
       } else if (o < w.d_out) {
-        if (!facts.finite && p.norm) {
+        const bool non_finite = facts.non_finite >> row & 1;
+        if (non_finite && p.norm) {
           v = NAN;  // a norm of numbers that are not finite leaves none
-        } else if (!facts.finite) {
+        } else if (non_finite) {
           v += non_finite_terms(p.x, row, w.d_in, p.dtype, o,
                                 [&](int o, int i) { return weight_at<kFormat, kBits>(w, o, i); });
         }

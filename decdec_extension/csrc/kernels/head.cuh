@@ -3,6 +3,7 @@
 #pragma once
 
 #include "decode_params.h"
+#include "instructions.cuh"
 #include "vectors.cuh"
 
 namespace decdec::cuda {

@@ -9,7 +9,8 @@
 
 #include <type_traits>
 
-#include "primitives.cuh"
+#include "instructions.cuh"
+#include "numbers.cuh"
 
 namespace decdec::cuda {
 

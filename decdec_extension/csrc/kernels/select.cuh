@@ -8,7 +8,7 @@
 
 #include <type_traits>
 
-#include "primitives.cuh"
+#include "numbers.cuh"
 
 namespace decdec::cuda {
 

@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "primitives.cuh"
+#include "numbers.cuh"
 
 namespace decdec::cuda {
 

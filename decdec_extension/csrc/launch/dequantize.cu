@@ -13,7 +13,7 @@ template <Format kFormat, int kBits, class Number>
 void launch(const Weights& w, void* out, cudaStream_t stream) {
   const int64_t units = (w.d_in + kUnitInputs - 1) / kUnitInputs, tiles = (w.d_out + kTileRows - 1) / kTileRows;
   const int64_t warps = tiles * ((units + kDequantizeUnits - 1) / kDequantizeUnits);
-  dequantize_kernel<kFormat, kBits>
+  dequantize_kernel<kFormat, kBits, Number>
       <<<unsigned((warps + kWarps - 1) / kWarps), kThreads, 0, stream>>>(w, static_cast<Number*>(out));
   check(cudaGetLastError(), "launch of the dequantization");
 }
