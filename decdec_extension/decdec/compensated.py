@@ -113,7 +113,7 @@ class Compensated(nn.Module):
 
     def compensate(self, compensation: Compensation) -> None:
         """Take new settings; ``k_chunk`` above 0 needs the residual, ``bucket`` and ``static`` the thresholds too."""
-        self.b_0 = self.b_15 = self.static_channels = self.generator = None
+        b_0 = b_15 = static_channels = generator = None
         k_chunk, selection = compensation.k_chunk, compensation.selection
         if k_chunk:
             if self.residual is None:
@@ -124,15 +124,16 @@ class Compensated(nn.Module):
             if selection in ("bucket", "static") and self.thresholds is None:
                 raise UserError(f"layer {self.name}: {selection} selection needs thresholds.pt, none are loaded")
             if selection == "bucket":
-                self.b_0, self.b_15 = self.thresholds.boundaries(self.name, k_chunk)
+                b_0, b_15 = self.thresholds.boundaries(self.name, k_chunk)
             elif selection == "static":
                 order = torch.sort(self.thresholds.mean_square[self.name], descending=True, stable=True).indices
                 best = order[:sum(chunk_counts(self.in_features, k_chunk))].sort().values
-                self.static_channels = best.to(torch.int32).to(self.device)
+                static_channels = best.to(torch.int32).to(self.device)
             elif selection == "random":
                 # Layers draw apart from each other, and alike in every run on one kind of device.
                 seed = compensation.seed + zlib.crc32(self.name.encode())
-                self.generator = torch.Generator(self.device).manual_seed(seed)
+                generator = torch.Generator(self.device).manual_seed(seed)
+        self.b_0, self.b_15, self.static_channels, self.generator = b_0, b_15, static_channels, generator
         self.compensation = compensation
 
     def _compensates(self, x: Tensor) -> bool:

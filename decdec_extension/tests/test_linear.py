@@ -10,6 +10,7 @@ from decdec import packing, reference
 from decdec.artifacts import Thresholds
 from decdec.errors import UserError
 from decdec.linear import BASE_ROWS, FEW_ROWS, Compensation, CompensatedLinear, fuse
+from decdec.placement import place_residuals
 
 NAME = "model.layers.0.self_attn.q_proj"
 
@@ -102,6 +103,19 @@ def test_rows_with_a_scale_of_their_own_on_a_gpu(rows):
     got = layer.cuda()(x.cuda())
     assert got.is_cuda
     assert_close(got.cpu(), want, rtol=1e-2, atol=0.05 * float(want.abs().mean()))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_moved_residuals_give_the_same_sums():
+    layer = make_layer(d_in=1088, d_out=64).half().cuda()
+    layer.compensate(Compensation(16, "exact"))
+    x = torch.randn((1, 1088)).half().cuda()
+    want, before = layer(x), torch.cuda.memory_allocated()
+    for where in ("gpu", "host"):
+        place_residuals([layer], where)
+        assert torch.equal(layer(x), want)
+        assert (torch.cuda.memory_allocated() >= before + layer.residual.nbytes) == (where == "gpu")
 
 
 def test_fused_layers_share_their_row_scale():
@@ -279,6 +293,15 @@ def test_bad_settings_are_refused_in_words():
     layer.compensate(Compensation(8, "exact"))
     with pytest.raises(UserError, match="another model"):
         layer.set_residual(torch.zeros((7, 16), dtype=torch.uint8), None, 4, False)
+
+
+def test_refused_settings_change_nothing():
+    layer = make_layer()
+    layer.compensate(Compensation(8))
+    before = layer.b_0, layer.b_15, layer.compensation
+    with pytest.raises(UserError, match="repair"):
+        layer.compensate(Compensation(16, repair=True))
+    assert before == (layer.b_0, layer.b_15, layer.compensation)
 
 
 def test_compiles():
