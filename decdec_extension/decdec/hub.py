@@ -17,7 +17,7 @@ from decdec.errors import UserError
 from decdec.files import open_safetensors, safetensors_names
 from decdec.linear import Compensation, CompensatedLinear, concatenate_residuals
 from decdec.models import KINDS, OTHER, compute_buffers
-from decdec.placement import place_residuals
+from decdec.placement import check_place, place_residuals
 from decdec.repair import join
 from decdec.saving import save_artifacts_too
 
@@ -41,9 +41,10 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32,
          device: torch.device | str = "cpu") -> nn.Module:
     """The Hugging Face causal LM of a DecDEC folder, on ``device``, in eval mode; ``dtype`` is of what is unquantized.
 
-    On a GPU ``dtype`` is float16 or bfloat16, and residuals lie in pinned host memory.
+    On a GPU ``dtype`` is float16 or bfloat16, and residuals lie in pinned host memory. How it generates is what the folder's
+    ``generation_config.json`` says, if there is one.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     if torch.device(device).type == "cuda" and dtype == torch.float32:
         raise UserError("dtype: expected float16 or bfloat16 on a GPU, got float32")
@@ -54,6 +55,11 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32,
         raise UserError(f"{folder}: config.json: {str(error).splitlines()[0]}") from None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if (Path(folder) / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: generation_config.json: {str(error).splitlines()[0]}") from None
     model = attach(model, folder, cheatsheet=cheatsheet).eval().to(device)
     set_compensation(model, compensation)
     return model
@@ -73,6 +79,8 @@ def attach(model: nn.Module, folder: str | Path, compensation: Compensation | Ma
     """
     folder = Path(folder)
     quant = artifacts.read_quant_config(folder)
+    if compensated_layers(model):
+        raise UserError("model: its layers are compensated ones already; set_compensation gives them other settings")
     if any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules()):
         raise UserError("model: its weights are offloaded by accelerate, which would bring the old ones back; "
                         "give the device_map to from_pretrained(folder) instead")
@@ -108,26 +116,41 @@ def set_compensation(model: nn.Module, compensation: Compensation | Mapping[str,
 
     Kinds that a mapping leaves out are not compensated. ``"plan"`` is what the autotuner chose: the folder's
     ``plan.json``, refused if it is of other weights or another GPU. Residuals and thresholds are loaded on first need;
-    of layers on a GPU the residuals come to pinned host memory, or with ``residuals="gpu"`` to its own.
+    of layers on a GPU the residuals come to pinned host memory, or with ``residuals="gpu"`` to its own. Where that fails, for a
+    file or memory that is not there, nothing is compensated any more.
     """
-    layers = compensated_layers(model)
+    check_place(residuals)
+    layers = compensated_layers(model).values()
     if compensation == "plan":
         if not layers:
             raise UserError("plan: this model has no compensated layers; attach a DecDEC folder first")
         source = model.decdec
-        plan.apply(plan.load_plan(source.folder / plan.PLAN, source.quant, plan.this_device()), model)
+        plan.apply(plan.load_plan(source.folder / plan.PLAN, source.quant, plan.this_device()), model, residuals=residuals)
         return
-    if isinstance(compensation, Mapping):
-        if unknown := set(compensation) - {*KINDS, OTHER}:
-            raise UserError(f"compensation: expected kinds among {', '.join((*KINDS, OTHER))}, "
-                            f"got {', '.join(sorted(unknown))}")
-        settings = {name: compensation.get(layer.kind, Compensation()) for name, layer in layers.items()}
-    else:
-        settings = dict.fromkeys(layers, compensation)
-        if compensation.k_chunk and not layers:
+    by_kind = compensation if isinstance(compensation, Mapping) else dict.fromkeys((*KINDS, OTHER), compensation)
+    if unknown := set(by_kind) - {*KINDS, OTHER}:
+        raise UserError(f"compensation: expected kinds among {', '.join((*KINDS, OTHER))}, "
+                        f"got {', '.join(sorted(map(str, unknown)))}")
+    for setting in by_kind.values():
+        if not isinstance(setting, Compensation):
+            raise UserError(f"compensation: expected a Compensation, a mapping of kinds to them, or 'plan', got {setting!r}")
+        if setting.k_chunk and not layers:
             raise UserError("k_chunk: this model has no compensated layers; attach a DecDEC folder first")
-    wanted = {layers[name]: setting for name, setting in settings.items() if setting.k_chunk}
-    if unrepaired := [layers[name] for name, setting in settings.items() if setting.repair and layers[name].repair is None]:
+    settings = {layer: by_kind.get(layer.kind, Compensation()) for layer in layers}
+    try:
+        _give_what_is_needed(settings, model, residuals)
+        for layer, setting in settings.items():
+            layer.compensate(setting)
+    except BaseException:  # some layers may have other residuals than their settings speak of
+        for layer in layers:
+            layer.compensate(Compensation())
+        raise
+
+
+def _give_what_is_needed(settings: Mapping[Compensated, Compensation], model: nn.Module, residuals: str) -> None:
+    """Load repairs, residuals and thresholds that layers need for their new settings and have not, and place residuals."""
+    wanted = {layer: setting for layer, setting in settings.items() if setting.k_chunk}
+    if unrepaired := [layer for layer, setting in settings.items() if setting.repair and layer.repair is None]:
         _give_repairs(unrepaired, model.decdec)
     for repaired in (False, True):
         lacking = [layer for layer, setting in wanted.items()
@@ -139,8 +162,6 @@ def set_compensation(model: nn.Module, compensation: Compensation | Mapping[str,
                   if setting.selection in ("bucket", "static") and layer.thresholds is None]
     if calibrated:
         _give_thresholds(calibrated, model.decdec)
-    for name, layer in layers.items():
-        layer.compensate(settings[name])
 
 
 def compensated_layers(model: nn.Module) -> dict[str, Compensated]:

@@ -142,10 +142,11 @@ def apply(plan: Plan, model: nn.Module, target_percent: float | None = None, pre
 
     tuned = plan.at(target_percent)
     highest = max(choice.k_chunk for choice in tuned.choices)
+    choices = {layer: tuned.choice(layer.kind, layer.bits, block_of(layer.name))
+               for layer in hub.compensated_layers(model).values()}
     # Loads what every layer needs.
     hub.set_compensation(model, Compensation(highest, plan.selection, prefill, repair=plan.repair), residuals)
-    for layer in hub.compensated_layers(model).values():
-        choice = tuned.choice(layer.kind, layer.bits, block_of(layer.name))
+    for layer, choice in choices.items():
         layer.compensate(Compensation(choice.k_chunk, plan.selection, prefill, choice.n_tb,
                                       repair=plan.repair and choice.k_chunk > 0))
 

@@ -1,5 +1,6 @@
 """Attaching a folder to a Hugging Face model: logits, settings, memory, and folders that do not fit."""
 
+import copy
 import json
 import shutil
 
@@ -12,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 import decdec
 from decdec import hub, models, reference
 from decdec.errors import UserError
-from decdec.linear import Compensation, CompensatedLinear
-from decdec.testing import quick_folder
+from decdec.linear import Compensation
+from decdec.testing import add_repair, quick_folder
 
 SIZES = dict(vocab_size=160, hidden_size=96, intermediate_size=1088, num_hidden_layers=2, num_attention_heads=6,
              num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, initializer_range=0.1)
@@ -116,11 +117,51 @@ def test_generate_decodes_with_compensation(folder):
     model = hub.load(folder, compensation=Compensation(1024, "exact"))
     out = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=6, do_sample=False, pad_token_id=0,
                          eos_token_id=None)
-    assert out.shape == (1, 30)
-    hub.set_compensation(model, Compensation(1024, "exact", prefill=True))
-    with torch.no_grad():  # the decoded positions, taken again in one pass with every position compensated
-        again = model(out[:, 24:25], use_cache=False).logits
-    assert again.isfinite().all()
+    base, full = hub.load(folder), hub.load(folder, compensation=Compensation(1024, "exact", prefill=True))
+    with torch.no_grad():  # the prompt by the base, each token after it by a model that compensates every position
+        step = base(IDS, use_cache=True)
+        tokens, uncompensated = [step.logits[:, -1:].argmax(2)], [step.logits[:, -1:].argmax(2)]
+        cache, base_cache = copy.deepcopy(step.past_key_values), step.past_key_values
+        for _ in range(5):
+            tokens.append(full(tokens[-1], past_key_values=cache).logits.argmax(2))
+            uncompensated.append(base(uncompensated[-1], past_key_values=base_cache).logits.argmax(2))
+    assert torch.equal(out[:, 24:], torch.cat(tokens, dim=1))
+    assert not torch.equal(out[:, 24:], torch.cat(uncompensated, dim=1))
+
+
+def test_how_a_folder_generates_is_read(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 5], "temperature": 0.6}))
+    config = hub.load(tmp_path / "m").generation_config
+    assert (config.eos_token_id, config.temperature) == ([1, 5], 0.6)
+    (tmp_path / "m" / "generation_config.json").write_text("{")
+    with pytest.raises(UserError, match="generation_config.json"):
+        hub.load(tmp_path / "m")
+
+
+def test_attaching_twice_is_refused(folder):
+    model = hub.load(folder)
+    with pytest.raises(UserError, match="already"):
+        hub.attach(model, folder, Compensation(8))
+
+
+@pytest.mark.parametrize("wrong", [None, 32, "32", {"gu": 16}])
+def test_settings_of_other_types_are_refused_in_words(folder, wrong):
+    with pytest.raises(UserError, match="expected a Compensation, a mapping of kinds to them, or 'plan', got"):
+        hub.set_compensation(hub.load(folder), wrong)
+
+
+def test_a_failed_change_leaves_no_mixture(folder, tmp_path):
+    path = add_repair(shutil.copytree(folder, tmp_path / "m"))
+    (path / "thresholds.pt").unlink()
+    model, base = hub.load(path, compensation=Compensation(8, "exact", prefill=True)), logits(hub.load(path))
+    settings = [layer.compensation for layer in hub.compensated_layers(model).values()]
+    with pytest.raises(UserError, match="residuals: expected one of host, gpu, got 'vram'"):  # before anything is done
+        hub.set_compensation(model, Compensation(8, "exact", repair=True), residuals="vram")
+    assert settings == [layer.compensation for layer in hub.compensated_layers(model).values()]
+    with pytest.raises(UserError, match="thresholds"):  # with other residuals at hand already
+        hub.set_compensation(model, Compensation(8, repair=True))
+    assert_close(logits(model), base, rtol=0, atol=0)
 
 
 def test_memory_counts_packed_weights_and_rows_in_use(folder):
@@ -180,6 +221,6 @@ def test_models_that_do_not_fit_are_refused_in_words(folder):
     deeper = LlamaForCausalLM(LlamaConfig(**(SIZES | {"num_hidden_layers": 3})))
     with pytest.raises(UserError, match="another model"):
         hub.attach(deeper, folder)
-    with pytest.raises(UserError, match="attach"):
-        hub.set_compensation(original(), Compensation(8))
-    assert not any(isinstance(module, CompensatedLinear) for module in original().modules())
+    for setting in (Compensation(8), {"gu": Compensation(8)}, "plan"):
+        with pytest.raises(UserError, match="attach"):
+            hub.set_compensation(original(), setting)
