@@ -205,6 +205,16 @@ def test_two_blocks_an_sm(make_base, make_residual, form, groups):
         assert_as_good(out, None, (x, base.dense.t().to(DEVICE)), (values, residual.dense.to(DEVICE)))
 
 
+def test_a_slice_of_more_pieces_than_threads(make_base, make_residual):
+    """One block fetches rows so wide that it takes them in parts, whose sums have the same place."""
+    base, residual = make_base("codebook", 64, 33000, 2), make_residual(64, 33000, 4)
+    x = torch.randn(2, 64, device=DEVICE).half()
+    poison()
+    out = ops.codebook_gemv_compensated(x, *placed(base.args), None, *placed(residual.args), 256, n_tb=1)
+    values = masked(x, ops.select_channels(x, 256))
+    assert_as_good(out, None, (x, base.dense.t()), (values, residual.dense))
+
+
 @pytest.mark.skipif(GPU, reason="a device of the emulation")
 @pytest.mark.parametrize("form, bits", (("codebook", 3), ("codebook", 4), ("uniform", 3), ("uniform", 4)))
 @pytest.mark.parametrize("d_in, batch, k_chunk", ((14336, 1, 8), (2048, 8, 32), (8192, 5, 1024)))

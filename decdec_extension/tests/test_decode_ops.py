@@ -27,7 +27,7 @@ SHAPES = [(4, 4, 64, 64, 0, False, (1, 2, 64, 65, 300)),
 def device(request):
     """Where a test's tensors are: those of the emulation are on the CPU."""
     if request.param == "emulated":
-        request.getfixturevalue("emulation")
+        request.getfixturevalue("emulation")(sms=132)  # so many that attention is split among blocks
         return "cpu"
     return request.param
 
