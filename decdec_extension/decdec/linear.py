@@ -12,7 +12,7 @@ from decdec.errors import UserError
 from decdec.repair import join
 
 # Up to this many rows the base GEMV ops beat dequantizing: SmolLM2's gate/up takes 0.59 instead of 0.98 ms of a CPU at 24 rows, and
-# the layers of a Llama-3-8B block 0.28 instead of 0.39 ms of an H100 (three times what 8 rows take, at 3 bits).
+# by three times what 8 rows take on an H100 the layers of a Llama-3-8B block would need 0.28 instead of 0.39 ms (3 bits).
 BASE_ROWS = 24
 FEW_ROWS = 8  # the same where each row fetches residuals of its own
 
