@@ -258,4 +258,15 @@ def test_a_missing_library_says_how_to_build_it(monkeypatch, tmp_path):
 
 
 def test_the_library_knows_whether_it_has_cuda_kernels():
-    assert torch.ops.decdec.has_cuda() in (True, False)
+    assert torch.ops.decdec.has_cuda() == torch._C._dispatch_has_kernel_for_dispatch_key("decdec::codebook_gemv", "CUDA")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_residuals_near_the_smallest_numbers(bits):
+    row = torch.randn(1, 256)
+    row[0, 0] = 8
+    for largest in (1.01e-30, 2e-30, 3e-30):  # below what float32 can count the steps of
+        codes, scales = ops.residual_quantize(row * (largest / 8), bits)
+        assert not codes.any() and not scales.any()
+    codes, scales = ops.residual_quantize(row * 2.0**-90, bits)
+    assert torch.equal(codes, ops.residual_quantize(row, bits)[0]) and not scales.any()

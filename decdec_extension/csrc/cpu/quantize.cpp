@@ -19,7 +19,9 @@ namespace {
 constexpr int kGrid = 32;
 constexpr int kFraction = 17;    // bits below the point of a value in units
 constexpr int kSumBits = 47;     // of a bin: its low bits sum fewer than 2^17 values below 2^30, those above count them
-constexpr float kTiny = 1e-30f;  // a row with no more than this is zero: its scale vanishes in float16, and 1 / it would not fit
+// A row with no more than this is zero: its scale vanishes in float16, and from 3.2e-30 down (at 8 bits) the number of units in
+// a value of 1 would be infinite.
+constexpr float kTiny = 1e-29f;
 constexpr uint32_t kInfinity = 0x7F800000;
 
 // Largest |value| of a row as its bits, which order as the values do and NaN above all.
