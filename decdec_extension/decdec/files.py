@@ -2,11 +2,13 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,13 +18,24 @@ from torch import Tensor
 
 from decdec.errors import UserError
 
+ABANDONED = 3600  # seconds; nothing is written with longer pauses
+
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; renamed to ``path`` when the block succeeds, removed when it does not."""
+    """Yield a temporary path beside ``path``; renamed to ``path`` when the block succeeds, removed when it does not.
+
+    What killed processes left of the same file goes too, once it is ``ABANDONED``: by age, since network file systems may
+    not tell of each other's processes and locks.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    prefix = f".{path.name}.unfinished-"
+    for left in path.parent.glob(f"{glob.escape(prefix)}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink()
+    handle, name = tempfile.mkstemp(prefix=prefix, suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -81,11 +94,15 @@ def open_safetensors(path: Path) -> safe_open:
 
 
 def append_row(path: str | Path, *rows: dict) -> None:
-    """Append results as JSON lines, in a single write so that an interrupt cannot cut or part them."""
+    """Append results as JSON lines, in a single write so that an interrupt cannot cut or part them; all or none."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     with open(path, "ab", buffering=0) as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        written = file.write(lines)
+        if written < len(lines):  # the disk is full
+            file.truncate(file.tell() - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def read_rows(path: str | Path) -> list[dict]:
