@@ -26,8 +26,8 @@ def load_model(source: str, dtype: torch.dtype | str = "auto"):
     check_source(source)
     try:
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"model: {source!r} could not be loaded: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"model: {source!r} could not be loaded: {_first_line(error)}") from None
 
 
 def original_of(folder: str | Path, base_model: str) -> str:
@@ -42,8 +42,12 @@ def load_tokenizer(source: str):
     check_source(source)
     try:
         return AutoTokenizer.from_pretrained(source)
-    except OSError as error:
-        raise UserError(f"model: no tokenizer in {source!r}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # of many kinds for broken and foreign files
+        raise UserError(f"model: no tokenizer in {source!r}: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def check_source(source: str) -> None:
@@ -99,4 +103,12 @@ def context_length(source: str) -> int:
     """Longest sequence the model at ``source`` was made for, in tokens."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(source).max_position_embeddings
+    check_source(source)
+    try:
+        config = AutoConfig.from_pretrained(source).get_text_config()
+    except (OSError, ValueError) as error:
+        raise UserError(f"model: {source!r} could not be loaded: {_first_line(error)}") from None
+    for name in ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length"):
+        if isinstance(length := getattr(config, name, None), int):
+            return length
+    raise UserError(f"model: {source!r} does not say how long its sequences may be; give --length where there is one")
