@@ -116,7 +116,7 @@ def _file(path: Path) -> Text:
         if not all(isinstance(document, str) for document in documents):
             raise UserError(f"text: {path}: expected JSON lines with a field 'text'")
     elif path.suffix == ".raw":
-        documents = tuple(line + "\n" if line.strip() else "" for line in content.split("\n")[:-1])
+        documents = tuple(line + "\n" if line.strip() else "" for line in content.removesuffix("\n").split("\n"))
     else:
         documents = (content,)
     if not any(document.strip() for document in documents):

@@ -90,3 +90,10 @@ def test_files_that_are_no_text_are_refused_in_one_line(tmp_path, name, content,
     with pytest.raises(UserError, match=message) as caught:
         load_text(str(path), "calibration")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_every_line_of_a_raw_file_counts(tmp_path, end):
+    path = tmp_path / "wiki.raw"
+    path.write_text(" = A = \n \nthe last" + end)
+    assert load_text(str(path), "evaluation").documents == (" = A = \n", "", "the last\n")
