@@ -91,7 +91,7 @@ def pinned_rows(
 ) -> list[Tensor]:
     """CUDA-typed uint8 tensors of these shapes in one new arena, all zero.
 
-    ``device``: the GPU that they name, any other may read them too. ``check_memory=False`` tries even what seems too
+    ``device``: the GPU that they name, whose ops take them. ``check_memory=False`` tries even what seems too
     much, for machines whose memory grows as it is used. Raises UserError, with sizes, if the host cannot give or pin
     the memory.
     """
