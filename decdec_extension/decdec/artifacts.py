@@ -58,6 +58,8 @@ class QuantConfig:
 
     @classmethod
     def from_dict(cls, content: Mapping, source: str = "quantization_config") -> "QuantConfig":
+        if not isinstance(content, Mapping):
+            raise UserError(f"{source}: quantization_config: expected an object, got {content!r}")
         if content.get("quant_method") != QUANT_METHOD:
             raise UserError(f"{source}: expected quant_method '{QUANT_METHOD}', got {content.get('quant_method')!r}")
         if content.get("layout_version") != TILE_LAYOUT_VERSION:
@@ -69,8 +71,14 @@ class QuantConfig:
             raise UserError(f"{source}: {error}") from None
         if config.format not in FORMATS:
             raise UserError(f"{source}: format: expected one of {', '.join(FORMATS)}, got {config.format!r}")
+        for name, kind in (("layer_bits", dict), ("dense", list)):
+            if not isinstance(value := getattr(config, name), kind):
+                raise UserError(f"{source}: {name}: expected a {kind.__name__}, got {value!r}")
+        size = config.group_size
+        if size is not None and (type(size) is not int or size < 1):
+            raise UserError(f"{source}: group_size: expected a positive integer or null, got {size!r}")
         for bits in (config.bits, *config.layer_bits.values()):
-            if bits not in BASE_BITS:
+            if type(bits) is not int or bits not in BASE_BITS:
                 raise UserError(f"{source}: bits: expected one of {BASE_BITS}, got {bits!r}")
         return config
 
@@ -82,7 +90,7 @@ def read_quant_config(folder: str | Path) -> QuantConfig:
     """The :class:`QuantConfig` of a model folder."""
     path = Path(folder) / "config.json"
     config = read_json(path)
-    if "quantization_config" not in config:
+    if not isinstance(config, dict) or "quantization_config" not in config:
         raise UserError(f"{path}: expected a model quantized by decdec_setup, got one without quantization_config")
     return QuantConfig.from_dict(config["quantization_config"], str(path))
 
@@ -216,8 +224,10 @@ def _load(path: str | Path, kind: str, quant: QuantConfig) -> tuple[dict, dict[s
                         f"({type(error).__name__}); make it again with decdec_setup") from None
     if not isinstance(content, dict) or content.get("format") != kind or content.get("version") != 1:
         raise UserError(f"{path}: expected format '{kind}' version 1, got another file")
-    config = content["config"]
+    config, tensors = content.get("config"), content.get("tensors")
+    if not isinstance(config, dict) or not isinstance(tensors, dict):
+        raise UserError(f"{path}: expected a config and tensors, got {', '.join(content)}; make it again with decdec_setup")
     if config.get("weights_hash") != quant.weights_hash:
         raise UserError(f"{path}: made for weights {config.get('weights_hash')} of {config.get('base_model')}, "
                         f"but the folder's are {quant.weights_hash} of {quant.base_model}")
-    return config, content["tensors"]
+    return config, tensors

@@ -186,6 +186,16 @@ def test_memory_counts_packed_weights_and_rows_in_use(folder):
     (lambda path: _config(path, bits=4), "qweight"),
     (lambda path: _config(path, bits=5), "bits"),
     (lambda path: _config(path, weights_hash="0"), "made for weights"),
+    (lambda path: _config(path, bits="3"), "bits: expected one of .* got '3'"),
+    (lambda path: _config(path, layer_bits=None), "layer_bits: expected a dict, got None"),
+    (lambda path: _config(path, dense="lm_head"), "dense: expected a list"),
+    (lambda path: _config(path, group_size="64"), "group_size: expected a positive integer or null, got '64'"),
+    (lambda path: _config(path, group_size=0), "group_size"),
+    (lambda path: _replace(path, quantization_config=None), "quantization_config: expected an object, got None"),
+    (lambda path: (path / "config.json").write_text("[]"), "config.json: expected a model quantized by decdec_setup"),
+    (lambda path: torch.save({"format": "decdec.cheatsheet", "version": 1}, path / "cheatsheet.pt"), "a config and tensors"),
+    (lambda path: torch.save({"format": "decdec.thresholds", "version": 1, "config": {}, "tensors": []}, path / "thresholds.pt"),
+     "a config and tensors"),
     (lambda path: (path / "cheatsheet.pt").write_bytes(b"PK"), "cannot be read"),
     (lambda path: (path / "cheatsheet.pt").unlink(), "cheatsheet.pt: no such file"),
     (lambda path: (path / "thresholds.pt").unlink(), "thresholds.pt: no such file"),
@@ -207,10 +217,12 @@ def _edit(path, drop=None, add=None):
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
+def _replace(path, **changes):
+    (path / "config.json").write_text(json.dumps(json.loads((path / "config.json").read_text()) | changes))
+
+
 def _config(path, **changes):
-    content = json.loads((path / "config.json").read_text())
-    content["quantization_config"] |= changes
-    (path / "config.json").write_text(json.dumps(content))
+    _replace(path, quantization_config=json.loads((path / "config.json").read_text())["quantization_config"] | changes)
 
 
 def test_models_that_do_not_fit_are_refused_in_words(folder):
