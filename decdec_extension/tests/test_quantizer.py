@@ -65,6 +65,7 @@ def test_saved_and_loaded_again_with_what_lies_beside_the_weights(folder, tmp_pa
     base = logits(model)
     hub.set_compensation(model, everything)
     want = logits(model)
+    (folder / "scaling.safetensors").write_bytes(b"what AWQ scaled by")
     for number, original in enumerate((model, attached)):
         original.save_pretrained(tmp_path / str(number))
         for again in (AutoModelForCausalLM.from_pretrained(tmp_path / str(number), dtype=torch.float32),
@@ -73,7 +74,25 @@ def test_saved_and_loaded_again_with_what_lies_beside_the_weights(folder, tmp_pa
             hub.set_compensation(again, everything)
             assert_close(logits(again), want, rtol=0, atol=0)
     again.save_pretrained(tmp_path / "1")  # onto itself
+    assert (tmp_path / "1" / "scaling.safetensors").read_bytes() == b"what AWQ scaled by"
+    (folder / "scaling.safetensors").unlink()
     assert (tmp_path / "1" / THRESHOLDS).stat().st_size == (folder / THRESHOLDS).stat().st_size
+
+
+def test_what_is_pushed_to_the_hub_is_the_whole_folder(folder, tmp_path, monkeypatch):
+    model, pushed = hub.load(folder), {}
+
+    def push(self, repo_id, **options):
+        self.save_pretrained(tmp_path / "upload")
+        pushed.update(options, repo_id=repo_id)
+
+    monkeypatch.setattr(type(model), "push_to_hub", push)
+    model.save_pretrained(tmp_path / "m-w3", push_to_hub=True, commit_message="w3")
+    assert pushed == {"repo_id": "m-w3", "commit_message": "w3"}
+    model.save_pretrained(tmp_path / "m-w3", push_to_hub=True, repo_id="someone/m", token="t")
+    assert pushed["repo_id"] == "someone/m" and pushed["token"] == "t"
+    for saved in ("m-w3", "upload"):
+        assert {CHEATSHEET, THRESHOLDS, "config.json"} <= {file.name for file in (tmp_path / saved).iterdir()}
 
 
 def plain_config(folder):
