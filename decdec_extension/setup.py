@@ -67,6 +67,12 @@ def gencode_flags(nvcc: str) -> list[str]:
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if listed:
         archs = re.split(r"[;, ]+", listed.strip())
+        older = [arch for arch in archs if re.match(r"[1-7]\.", arch)]
+        if older:  # as containers list them, for every GPU that torch knows
+            print(f"decdec: left out {', '.join(older)}: the CUDA ops need compute capability 8.0", file=sys.stderr)
+            archs = [arch for arch in archs if arch not in older]
+        if not archs:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected compute capabilities from 8.0 on, got {listed!r}")
     else:
         known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
         archs = [a for a in DEFAULT_CUDA_ARCHS.split(";") if "compute_" + a.replace(".", "") in known]
@@ -160,5 +166,5 @@ if __name__ == "__main__":
         packages=find_packages(include=["decdec", "decdec.*"]),
         ext_modules=[Extension("decdec._ops", sources=[], py_limited_api=True)],
         cmdclass={"build_ext": NinjaBuild},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+        options={"bdist_wheel": {"py_limited_api": "cp311"}},
     )

@@ -21,6 +21,26 @@ def load_setup():
     return module
 
 
+@pytest.mark.parametrize("listed, flags, said", [
+    ("8.0", ["arch=compute_80,code=sm_80"], ""),
+    ("5.2 7.0 7.5+PTX 9.0 10.0+PTX", ["arch=compute_90,code=sm_90", "arch=compute_100,code=sm_100",
+                                      "arch=compute_100,code=compute_100"], "left out 5.2, 7.0, 7.5+PTX"),
+    ("7.5;8.9", ["arch=compute_89,code=sm_89"], "left out 7.5"),
+])
+def test_listed_architectures_from_8_0_on_are_built(monkeypatch, capsys, listed, flags, said):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    assert load_setup().gencode_flags("nvcc") == [f"-gencode={flag}" for flag in flags]
+    heard = capsys.readouterr().err
+    assert said in heard and bool(said) == bool(heard)
+
+
+@pytest.mark.parametrize("listed", ["7.0 7.5", "Turing"])
+def test_listed_architectures_that_cannot_be_built(monkeypatch, listed):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: expected"):
+        load_setup().gencode_flags("nvcc")
+
+
 @pytest.mark.parametrize("arch", (OLDEST, NEWEST))
 def test_every_cuda_source_compiles(tmp_path, monkeypatch, arch):
     setup = load_setup()
