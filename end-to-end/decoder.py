@@ -6,6 +6,8 @@ MLP, tied embeddings. q/k/v and gate/up are fused. The prompt goes through in ch
 takes its token and position from the device and holds no data-dependent Python, so it can be captured as a graph.
 """
 
+import sys
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,7 +33,9 @@ class RMSNorm(nn.Module):
 
     def __init__(self, norm: nn.Module):
         super().__init__()
-        self.weight = norm.weight
+        self.weight = getattr(norm, "weight", None)
+        if self.weight is None:
+            raise UserError(f"model: its {type(norm).__name__} has no weight; use decdec.hub for it")
         self.eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", 1e-6)
         probe = torch.linspace(-1, 1, len(self.weight), dtype=self.weight.dtype, device=self.weight.device)
         if not torch.allclose(self(probe), norm(probe), rtol=1e-2, atol=1e-3):
@@ -278,10 +282,19 @@ def _check(config, body: nn.Module, blocks: nn.ModuleList) -> None:
             raise UserError(f"model: {type(block).__name__} is not a block of Llama's shape; use decdec.hub for it")
         extra |= children - _BLOCK
         extra |= {name for name, _ in block.self_attn.named_children()} - _ATTENTION
-        extra |= {name for name, _ in block.mlp.named_children()} - _MLP
+        extra |= {name for name, _ in block.self_attn.named_parameters(recurse=False)}  # attention sinks and the like
+        mlp = {name for name, _ in block.mlp.named_children()}
+        extra |= mlp - _MLP | (set() if mlp & {"gate_proj", "gate_up_proj"} else {"an MLP without a gate"})
+        # Where a model's code has this function it says which channels turn together: halves here, neighbours elsewhere.
+        rotate = getattr(sys.modules[type(block.self_attn).__module__], "rotate_half", None)
+        if rotate is not None and rotate(torch.arange(4.0)).tolist() != [-2, -3, 0, 1]:
+            extra.add("interleaved rotary positions")
         extra |= set() if getattr(block.self_attn, "use_rope", True) else {"layers without rotary positions"}
     extra |= {name for name, neutral in _NEUTRAL.items() if getattr(config, name, neutral) not in (neutral, None)}
-    extra |= {"dynamic rotary scaling"} if getattr(body.rotary_emb, "rope_type", "") == "dynamic" else set()
+    extra |= {"llama_4_scaling_beta"} & set(getattr(config, "rope_parameters", None) or ())
+    rotary = getattr(body, "rotary_emb", None)
+    extra |= {"no rotary embedding of its own"} if rotary is None else set()
+    extra |= {"dynamic rotary scaling"} if getattr(rotary, "rope_type", "") == "dynamic" else set()
     if extra:
         raise UserError(f"model: {config.model_type} has {', '.join(sorted(extra))}, which the static decoder has not; "
                         "use decdec.hub for it")

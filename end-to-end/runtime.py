@@ -45,8 +45,8 @@ class Runtime:
         self.source = str(source)
         self.device, self.dtype = device_and_dtype(device, dtype)
         model, self.stop = load(self.source, self.dtype, compensation)
-        self.context = model.config.max_position_embeddings
         decoder = Decoder(model, head_bits).eval()
+        self.context = decoder.context
         try:
             decoder.to(self.device)
         except torch.OutOfMemoryError:
