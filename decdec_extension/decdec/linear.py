@@ -9,12 +9,15 @@ from torch.nn import functional as F
 from decdec import decode_ops, ops, packing
 from decdec.compensated import Compensated, Compensation
 from decdec.errors import UserError
+from decdec.reference import CHUNK
 from decdec.repair import join
 
 # Up to this many rows the base GEMV ops beat dequantizing: SmolLM2's gate/up takes 0.59 instead of 0.98 ms of a CPU at 24 rows, and
 # by three times what 8 rows take on an H100 the layers of a Llama-3-8B block would need 0.28 instead of 0.39 ms (3 bits).
 BASE_ROWS = 24
 FEW_ROWS = 8  # the same where each row fetches residuals of its own
+# So many normed inputs and selected channels fit a fetching block on any GPU, those with 99 KB included (csrc/kernels/params.h).
+NORMED = 17800
 
 
 class CompensatedLinear(Compensated):
@@ -95,6 +98,8 @@ class CompensatedLinear(Compensated):
     def _norms(self) -> bool:
         """Whether the ops can norm this layer's input themselves."""
         whole = self.in_features % 8 == 0 and self.compensation.selection in ("bucket", "exact")
+        k_chunk = self.compensation.k_chunk
+        whole = whole and (k_chunk == 0 or self.in_features * (1 + k_chunk / CHUNK) <= NORMED)
         if self.format == "uniform":
             whole = whole and self.in_features // len(self.scales) % 32 == 0 and self.out_features % 2 == 0
         repairs = self.compensation.repair and self.repair is not None  # which takes the normed x too
