@@ -24,7 +24,7 @@ DEVICE = "cuda" if GPU else "cpu"
 pytestmark = [] if GPU else [pytest.mark.usefixtures("emulation")]
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA GPU")
 DTYPES = (torch.float16, torch.bfloat16)
-CASES = int(os.environ.get("DECDEC_CASES", "300" if GPU else "15"))
+CASES = int(os.environ.get("DECDEC_CASES", "300" if GPU else "30"))
 YARDSTICK = os.environ.get("DECDEC_YARDSTICK", DEVICE)
 
 
