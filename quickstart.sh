@@ -11,7 +11,6 @@
 # Interrupt it and run it again: what is finished is kept. TEXT chooses the evaluation text (wikitext, c4, pydoc or a file;
 # default pydoc, which needs no network), VENV the virtual environment (default .venv), MODELS the folder for models.
 set -euo pipefail
-cd "$(dirname "$0")"
 
 model= tiny=no install_only=no
 for argument in "$@"; do
@@ -20,9 +19,22 @@ for argument in "$@"; do
         --install) install_only=yes ;;
         -h|--help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
         -*) echo "error: unknown option $argument; see ./quickstart.sh --help" >&2; exit 2 ;;
-        *) model=$argument ;;
+        *) [ -z "$model" ] || { echo "error: MODEL: expected one, got $model and $argument" >&2; exit 2; }
+           model=$argument ;;
     esac
 done
+if [ $tiny = yes ] && [ -n "$model" ]; then
+    echo "error: --tiny makes a model of its own; leave out $model" >&2
+    exit 2
+fi
+
+# Paths are those of the folder this is called from; what is no file there is a hub id or a text's name.
+[ ! -e "$model" ] || model=$(realpath -s "$model")
+[ ! -f "${TEXT:-}" ] || TEXT=$(realpath -s "$TEXT")
+for folder in VENV MODELS; do
+    [ -z "${!folder:-}" ] || declare "$folder=$(realpath -sm "${!folder}")"
+done
+cd "$(dirname "$0")"
 
 venv=${VENV:-.venv}
 models=${MODELS:-models}
@@ -30,15 +42,21 @@ step() { printf '\n== %s\n' "$*" >&2; }
 
 # The environment: made once, made again when what it is made from changes.
 install() {
-    if [ ! -x "$venv/bin/python" ]; then
+    if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         step "virtual environment in $venv"
         "${PYTHON:-python3}" -m venv "$venv"
+        rm -f "$venv/.requirements" "$venv/.extension"
     fi
-    local stamp
+    local stamp constraints=constraints.txt
     stamp=$(cat requirements.txt constraints.txt | sha256sum)
     if [ "$(cat "$venv/.requirements" 2>/dev/null)" != "$stamp" ]; then
         step "Python packages"
-        "$venv/bin/python" -m pip install --quiet -r requirements.txt -c constraints.txt
+        # A torch that is there already, of one's own CUDA version say, stays if requirements.txt allows it.
+        if "$venv/bin/python" -m pip show torch >/dev/null 2>&1; then
+            constraints=$venv/.constraints
+            grep -v '^torch==' constraints.txt >"$constraints"
+        fi
+        "$venv/bin/python" -m pip install --quiet -r requirements.txt -c "$constraints"
         echo "$stamp" >"$venv/.requirements"
     fi
     stamp=$(cd decdec_extension && find setup.py pyproject.toml decdec csrc -type f ! -name '*.pyc' ! -name '*.so' -print0 |
