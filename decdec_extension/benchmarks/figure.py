@@ -5,6 +5,7 @@ python figure.py results/h100.jsonl --layer 4096 28672 --out results/h100_gu_w3
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 from decdec import figure_style, files
@@ -20,6 +21,7 @@ def main():
     parser.add_argument("--format", choices=("codebook", "uniform"), default="codebook")
     parser.add_argument("--bits", type=int, choices=(2, 3, 4), default=3)
     parser.add_argument("--sms", type=int, default=132)
+    parser.add_argument("--device", help="GPU whose rows to draw, where there are several's")
     parser.add_argument("--out", type=Path, required=True, help="figure to write, as .pdf and .png")
     arguments = parser.parse_args()
     d_in, d_out = arguments.layer
@@ -31,7 +33,12 @@ def main():
         "sms": arguments.sms,
         "batch": 1,
     }
+    if arguments.device:
+        wanted["device"] = arguments.device
     rows = [row for row in files.read_rows(arguments.rows) if wanted.items() <= row.items()]
+    devices = sorted({row["device"] for row in rows})
+    if len(devices) > 1:
+        raise UserError(f"--device: expected one of {', '.join(devices)}, whose rows {arguments.rows} holds, got none")
     base = [row["us"] for row in rows if row["bench"] == "base"]
     lines = {}
     for row in rows:
@@ -42,13 +49,13 @@ def main():
             f"{arguments.rows}: expected base and compensated rows of {wanted}, found none; run kernels.py --json first"
         )
     with figure_style.figure(arguments.out) as (_, axes):
-        for look, (n_tb, points) in zip(figure_style.LINES, sorted(lines.items())):
+        for look, (n_tb, points) in zip(itertools.cycle(figure_style.LINES), sorted(lines.items())):
             ks = sorted(points)
             axes.plot([0, *ks], [1.0, *(points[k] / base[-1] for k in ks)], label=f"$n_{{tb}}$ = {n_tb}", **look)
         axes.set_xlabel("$k_{chunk}$ (channels per 1024)")
         axes.set_ylabel("time over base GEMV")
         axes.set_title(
-            f"{d_in}x{d_out}, {arguments.format}, {arguments.bits} bits\n{rows[-1]['device']}, {arguments.sms} SMs"
+            f"{d_in}x{d_out}, {arguments.format}, {arguments.bits} bits\n{devices[0]}, {arguments.sms} SMs"
         )
         axes.legend()
 

@@ -86,7 +86,7 @@ class Bench:
         self.device = torch.cuda.get_device_name()
         self.sms = arguments.sms or torch.cuda.get_device_properties(0).multi_processor_count
         self.generator = torch.Generator("cuda").manual_seed(0)
-        self.workspace = torch.zeros(arena.workspace_bytes(65536), dtype=torch.uint8, device="cuda")
+        self.workspace = torch.zeros(arena.workspace_bytes(65536, arguments.batch), dtype=torch.uint8, device="cuda")
 
     def add(self, bench, time, size, limit_us=None, *, layer=(None, None), form=None, bits=None, k_chunk=0, n_tb=0):
         us, spread = time
@@ -259,10 +259,18 @@ def parse() -> argparse.Namespace:
         default=[],
         help="bits of nested residuals to time as well; k_chunk grows so that as many bytes are read",
     )
-    parser.add_argument("--batch", type=int, default=1, help="rows of x, 1 to 8")
+    parser.add_argument("--batch", type=int, default=1, help="rows of x")
     parser.add_argument("--sms", type=int, help="run inside a green context of this many SMs")
     parser.add_argument("--json", type=Path, help="append one JSON line a result to this file")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for name, values in (("n-tb", arguments.n_tb), ("batch", [arguments.batch]), ("sms", [arguments.sms or 1])):
+        if min(values) < 1:
+            raise UserError(f"--{name}: expected positive numbers, got {min(values)}")
+    widest = reference.CHUNK * min([RESIDUAL_BITS, *arguments.nested]) // RESIDUAL_BITS
+    for k_chunk in arguments.k_chunk:
+        if not 1 <= k_chunk <= widest:
+            raise UserError(f"--k-chunk: expected 1 to {widest} with these residuals, got {k_chunk}")
+    return arguments
 
 
 def main():
