@@ -172,6 +172,16 @@ def test_static_and_random_selection(rows):
     assert drawn[0].tolist() != drawn[1].tolist()
 
 
+def test_layers_draw_apart_from_each_other():
+    layers = [make_layer(name=name) for name in (NAME, NAME, NAME.replace("q_proj", "k_proj"))]
+    x = torch.randn((2, 1100))
+    drawn = []
+    for layer in layers:
+        layer.compensate(Compensation(8, "random", seed=3))
+        drawn.append(layer.channels(x).tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_all_channels_of_fp16_residuals_restore_full_precision():
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn((24, 1100), generator=draw)

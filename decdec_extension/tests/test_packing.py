@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from decdec import packing
+from decdec import packing, reference
+from decdec.residual import pack_layer, row_scale_of
 
 SHAPES = [(1, 1), (15, 63), (16, 64), (17, 65), (33, 130), (192, 576)]
 
@@ -109,3 +110,16 @@ def test_unpacking_refuses_another_shape():
         packing.unpack_codes(packed, 17, 64)
     with pytest.raises(ValueError, match="residual: expected 16 bytes a row"):
         packing.unpack_residual(torch.zeros((4, 32), dtype=torch.uint8), 4, 8)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_channel_without_residual(bits):
+    """Its size is 0, which nothing can be divided by."""
+    residual = torch.randn(40, 96)
+    residual[:, 5] = 0
+    sizes = row_scale_of([residual])
+    assert sizes[5] == 0
+    rows, width = pack_layer(residual, bits, nested=True, row_scale=sizes)
+    assert width.isfinite().all() and (width > 0).all()
+    back = reference.residual_dequantize(rows, width, bits, True, 40, torch.float32) * sizes[:, None]
+    assert not back[5].any() and (back.t() - residual).norm() < 2 ** (1 - bits) * residual.norm()

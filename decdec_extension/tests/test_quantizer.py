@@ -15,7 +15,7 @@ from decdec.errors import UserError
 from decdec.files import read_json, write_json
 from decdec.linear import Compensation
 from decdec.models import original_of
-from decdec.plan import PLAN, Choice, Device, Plan, Tuned, save_plan, this_device
+from decdec.plan import PLAN, Choice, Device, Plan, Tuned, load_plan, save_plan, this_device
 from decdec.testing import quick_folder
 
 SIZES = dict(vocab_size=160, hidden_size=96, intermediate_size=1088, num_hidden_layers=2, num_attention_heads=6,
@@ -147,6 +147,10 @@ def test_a_plan_is_picked_up(folder, tmp_path):
         assert found == {"qkv": 8, "o": 0, "gu": 4, "d": 2}
     with pytest.raises(UserError, match="plan.json: no such file"):
         hub.load(folder, compensation="plan")
+    assert load_plan(tmp_path / "m" / PLAN, quant, device) == made
+    for other in (replace(device, sms=7), replace(device, name="another"), replace(device, simulated=True)):
+        with pytest.raises(UserError, match=f"tuned for {device.name} with {device.sms} SMs, but this is .*run the autotuner"):
+            load_plan(tmp_path / "m" / PLAN, quant, other)
     save_plan(tmp_path / "m" / PLAN, replace(made, weights_hash="0"))
     with pytest.raises(UserError, match="tuned for weights 0"):
         hub.load(tmp_path / "m", compensation="plan")
