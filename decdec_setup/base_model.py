@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from decdec.errors import UserError
-from decdec.files import safetensors_names
+from decdec.files import read_json, safetensors_names
 from decdec.models import compute_buffers, decoder_blocks, decoder_linears, load_model
 
 
@@ -37,11 +37,13 @@ class BaseModel:
         self.folder = Path(folder)
         self._stored: dict[str, _Stored] = {}
         self._state: dict[str, Tensor] | None = None
+        if "quantization_config" in read_json(self.folder / "config.json"):
+            raise UserError(f"model: expected an original model, {str(folder)!r} is quantized")
         try:
             self._open()
             self.model = self._skeleton()
             streamed = self._fits()
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, ImportError) as error:
             raise UserError(f"model: {str(folder)!r} could not be loaded: {str(error).splitlines()[0]}") from None
         if streamed:
             self._fill_rest()

@@ -12,6 +12,7 @@ from decdec.text import Text, calibration_samples
 
 from base_model import BaseModel
 from blocks import BlockRunner
+from folder import calibration_identity
 from parts import Parts
 from quantized_blocks import QuantizedBlocks
 from scaling import read_scaling
@@ -23,7 +24,7 @@ OfBlocks = Callable[[BlockRunner, dict[str, Tensor], QuantizedBlocks, set[int]],
 def is_made(path: Path, load: Callable, quant: QuantConfig, calibration: dict) -> bool:
     """Whether ``path``, which ``load`` reads, is of these weights and of this calibration, and so need not be made again."""
     try:
-        return path.is_file() and load(path, quant).calibration == calibration
+        return path.is_file() and calibration_identity(load(path, quant).calibration) == calibration_identity(calibration)
     except UserError:
         return False  # made for other weights, or damaged
 

@@ -21,15 +21,15 @@ from decdec.artifacts import (CHEATSHEET, REPAIR, REPAIRED_CHEATSHEET, Cheatshee
                               load_repair, read_quant_config, save_cheatsheet)
 from decdec.errors import UserError, run
 from decdec.files import tensors_hash
-from decdec.models import block_of, decoder_blocks, decoder_linears, layer_kind, load_model, original_of
+from decdec.models import block_of, decoder_blocks, decoder_linears, layer_kind, load_model, local_folder, original_hash
 from decdec.original import save_original_cheatsheet
 from decdec.residual import NESTED_BITS, PAPER_BITS, pack_layer, row_scale_of
 
 from base_model import BaseModel
-from folder import local_folder
+from folder import original_folder
 from parts import Parts
 from quantized_blocks import QuantizedBlocks
-from scaling import read_scaling, scaled_state
+from scaling import TOO_FAR, read_scaling, scaled_state
 
 LAYOUTS = ("decdec", "original")
 # A layer's name, and what gives its original and quantized weights (float32, on the device of choice) and, where residuals are
@@ -53,12 +53,14 @@ def make_cheatsheet(folder: str | Path, model: str | None = None, bits: int | No
     name = REPAIRED_CHEATSHEET if repaired else CHEATSHEET
     out = Path(out) if out else folder / (name if layout == "decdec" else f"original/{name}")
     if layout == "decdec" and _is_there(out, quant, bits, nested, repair):
+        Parts.beside(out, {}).clear()  # where a kill came just before
         return None
     if nested and quant.ordered:
         raise UserError(f"nested: expected a folder whose groups are consecutive inputs, {folder} has them in activation order")
-    base = BaseModel(local_folder(model or original_of(folder, quant.base_model)))
+    base = BaseModel(original_folder(folder, quant, model))
     layers = _packed_layers(folder, base, nested, device, repair)
-    return _write(out, layers, len(base.linears()) - len(quant.dense), quant, bits, nested, layout, base.prefix, repair)
+    return _write(out, layers, len(base.linears()) - len(quant.dense), quant, base.folder, bits, nested, layout, base.prefix,
+                  repair)
 
 
 def make_from_two_folders(original: str, quantized: str, out: str | Path, bits: int = 4, layout: str = "decdec") -> Path:
@@ -73,7 +75,7 @@ def make_from_two_folders(original: str, quantized: str, out: str | Path, bits: 
                         weights_hash=tensors_hash(weights.items()))
     layers = ((name, lambda name=name, module=module: (module.weight.detach().float(), weights[name].float(), None, None))
               for name, module in decoder_linears(base).items())
-    return _write(Path(out), layers, len(weights), quant, bits, False, layout, decoder_blocks(base)[0])
+    return _write(Path(out), layers, len(weights), quant, local_folder(original), bits, False, layout, decoder_blocks(base)[0])
 
 
 def _check(bits: int, nested: bool, layout: str, repaired: bool) -> None:
@@ -123,15 +125,19 @@ def _packed_layers(folder: Path, base: BaseModel, nested: bool, device: str, rep
         yield name, lambda name=name: load(name)
 
 
-def _write(out: Path, layers: Iterator[Layer], count: int, quant: QuantConfig, bits: int, nested: bool, layout: str,
-           prefix: str, repair: Repair | None = None) -> Path:
+def _write(out: Path, layers: Iterator[Layer], count: int, quant: QuantConfig, original: Path, bits: int, nested: bool,
+           layout: str, prefix: str, repair: Repair | None = None) -> Path:
     repaired = repair and repair.hash
-    parts = Parts.beside(out, {"weights": quant.weights_hash, "bits": bits, "nested": nested, "repair": repaired})
+    parts = Parts.beside(out, {"weights": quant.weights_hash, "original": original_hash(original), "bits": bits, "nested": nested,
+                               "repair": repaired})
     residual, scale, norms, row_scale = {}, {}, {}, {}
     for number, (name, load) in enumerate(tqdm(layers, total=count, desc="residuals", unit="layer")):
         if not parts.has(number):
             parts.save(number, _pack(*load(), bits, nested))
         part = parts.load(number)
+        # Of a folder that says what it was made from, the original is the right one, however coarse the rounding.
+        if "original" not in quant.calibration and part["norms"][1] > TOO_FAR * part["norms"][0]:
+            raise UserError(f"model: {name} is not a rounding of that of {original}; give the model that was quantized")
         residual[name], scale[name], norms[name] = part["residual"], part.get("scale"), tuple(part["norms"].tolist())
         row_scale |= {name: part["row_scale"]} if "row_scale" in part else {}
     if layout == "original":

@@ -11,7 +11,7 @@ import torch
 from decdec.errors import UserError, run
 from decdec.files import config_hash, read_json, write_json
 
-from folder import atomic_folder
+from folder import atomic_folder, check_out
 
 SOURCE = "decdec_source.json"
 
@@ -25,7 +25,9 @@ def convert(gguf: str | Path, out: str | Path) -> bool:
     if not gguf.is_file():
         raise UserError(f"GGUF: expected a file, got {str(gguf)!r}")
     identity = config_hash({"name": gguf.name, "size": gguf.stat().st_size})
-    if (out / SOURCE).is_file() and read_json(out / SOURCE)["hash"] == identity:
+    if not (out / SOURCE).is_file():
+        check_out(out)
+    elif read_json(out / SOURCE).get("hash") == identity:
         return False
     with tempfile.TemporaryDirectory() as scratch:
         if zipfile.is_zipfile(gguf):

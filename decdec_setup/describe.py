@@ -84,7 +84,7 @@ def describe(folder: str | Path) -> str:
     lines = [f"{folder.resolve().name}: {quant.base_model}, {quant.method} ({quant.format}), {' and '.join(map(str, bits))} bits"
              + (f", groups of {quant.group_size}" if quant.group_size else ""),
              "weights " + quant.weights_hash + "".join(f", {key} {value}" for key, value in quant.calibration.items()
-                                                       if key not in ("text_hash", "config_hash")), ""]
+                                                       if key not in ("original", "text_hash", "config_hash")), ""]
     rows = [("kind", "layers", "shape (out x in)", "bits", "MB on GPU", "MB pinned", "weight error", "with residual",
              "output error")]
     for (kind, d_out, d_in, b), found in kinds.items():

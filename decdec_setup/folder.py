@@ -11,10 +11,10 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from decdec.artifacts import QuantConfig, read_quant_config
+from decdec.artifacts import QUANT_METHOD, QuantConfig, read_quant_config
 from decdec.errors import UserError
 from decdec.files import atomic, read_json, tensors_hash, write_json
-from decdec.models import check_source
+from decdec.models import local_folder, original_hash, original_of
 
 from base_model import BaseModel
 from model_card import card
@@ -45,24 +45,33 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def local_folder(source: str) -> Path:
-    """The folder of a model given as a folder or a hub id (downloaded once by the hub's own cache)."""
-    check_source(source)
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]))
-    except Exception as error:  # the hub client raises many kinds; whichever, the user can only name another model
-        raise UserError(f"model: expected a model folder or a hub id that can be reached, got {source!r} "
-                        f"({type(error).__name__})") from None
+def check_out(out: str | Path) -> None:
+    """Refuse an ``out`` that is a file, or the folder of a model that was not made here, whose weights would be lost."""
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out: expected a folder, got the file {str(out)!r}")
+    path = out / "config.json"
+    if path.is_file() and read_json(path).get("quantization_config", {}).get("quant_method") != QUANT_METHOD:
+        raise UserError(f"out: {str(out)!r} holds another model; give a folder of its own")
 
 
 def model_identity(folder: Path) -> dict:
-    """What tells one original model from another without reading its weights."""
-    weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.safetensors"))]
-    return {"config": read_json(folder / "config.json"), "weights": weights}
+    """What tells one original model from another."""
+    return {"config": read_json(folder / "config.json"), "weights": original_hash(folder)}
+
+
+def original_folder(folder: Path, quant: QuantConfig, model: str | None = None) -> Path:
+    """The folder of the original that ``folder`` was quantized from; ``model`` if it is no longer where it was. Another is
+    refused."""
+    found = local_folder(model or original_of(folder, quant.base_model))
+    if quant.calibration.get("original") not in (None, original_hash(found)):
+        raise UserError(f"model: {folder} was not made from {found}, whose weights are others; give the model that was quantized")
+    return found
+
+
+def calibration_identity(calibration: dict) -> dict:
+    """What tells one calibration from another: not the text's name, which says without a network less than with one."""
+    return {key: value for key, value in calibration.items() if key != "text"}
 
 
 class QuantizedFolder:
@@ -73,8 +82,7 @@ class QuantizedFolder:
 
     def __init__(self, out: str | Path, identity: dict):
         self.out = Path(out)
-        if self.out.exists() and not self.out.is_dir():
-            raise UserError(f"out: expected a folder, got the file {str(out)!r}")
+        check_out(out)
         self.parts = Parts(self.out / ".parts", identity)
 
     def finished(self) -> bool:
@@ -138,7 +146,8 @@ class Reusable:
         for name in ("method", "group_size", "calibration"):
             ours, theirs = getattr(self.quant, name), getattr(wanted, name)
             if name == "calibration":
-                ours = {key: value for key, value in ours.items() if key != "config_hash"}
+                ours, theirs = calibration_identity(ours), calibration_identity(theirs)
+                ours.pop("config_hash")
             if ours != theirs:
                 raise UserError(f"reuse: {self.folder}: {name.replace('_', '-')}: expected {theirs}, got {ours}")
         return True

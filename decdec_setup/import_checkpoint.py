@@ -20,19 +20,16 @@ from tqdm import tqdm
 from decdec.artifacts import QuantConfig
 from decdec.errors import UserError, run
 from decdec.files import config_hash, read_json, tensors_hash, write_json
-from decdec.models import block_of, decoder_blocks
+from decdec.models import block_of, decoder_blocks, local_folder, original_hash
 from decdec.packing import BASE_BITS, pack_codes
 
 from base_model import BaseModel
-from folder import COPIED, atomic_folder, local_folder, model_identity, save_tensors, summary
+from folder import COPIED, atomic_folder, check_out, model_identity, save_tensors, summary
 from foreign import ForeignFolder
 from foreign_formats import ForeignLayer
 from model_card import card
-from scaling import SCALING, scaled_state
+from scaling import SCALING, TOO_FAR, scaled_state
 from unfold_scaling import find_scaling
-
-# A larger ratio of residual to weight than rounding leaves: about 0.1 at 4 bits, 0.5 at 2; unrelated weights give 1.4.
-TOO_FAR = 0.9
 
 
 @dataclass
@@ -87,8 +84,7 @@ def import_checkpoint(foreign: str, out: str | Path, model: str | None = None) -
     original = local_folder(model) if model else None
     config_id = config_hash({"foreign": model_identity(source),
                              "model": model_identity(original) if original else None})
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out: expected a folder, got the file {str(out)!r}")
+    check_out(out)
     if _is_there(out, config_id):
         return False
     folder = ForeignFolder(source)
@@ -108,7 +104,8 @@ def import_checkpoint(foreign: str, out: str | Path, model: str | None = None) -
     named = (os.path.relpath(original, out) if Path(model).is_dir() else model) if model else str(foreign)
     quant = QuantConfig(method=folder.settings["quant_method"], format="uniform", bits=bits, group_size=group_size,
                         base_model=named, weights_hash=tensors_hash(sorted(tensors.items())),
-                        calibration={"imported_from": source.resolve().name, "config_hash": config_id},
+                        calibration={"imported_from": source.resolve().name, "config_hash": config_id}
+                        | ({"original": original_hash(original)} if original else {}),
                         layer_bits={name: layer.bits for name, layer in packed.items() if layer.bits != bits},
                         dense=sorted(dense), ordered=ordered)
     with atomic_folder(out) as target:

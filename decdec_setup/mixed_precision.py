@@ -22,7 +22,7 @@ from decdec.text import calibration_samples, load_text
 from base_model import BaseModel
 from bit_map import known_bit_map, write_bit_map
 from blocks import BlockRunner
-from folder import local_folder, model_identity
+from folder import model_identity, original_folder
 from parts import Parts
 from quantized_blocks import QuantizedBlocks
 
@@ -93,8 +93,8 @@ def make_bit_map(source: str, low: str, high: str, out: str, text: str = "c4", s
         raise UserError(f"expected folders of one method, the lower bits first, got {found}")
     documents = load_text(text, "calibration")
     how = {"method": folders[0].quant.method, "weights_hashes": [folder.quant.weights_hash for folder in folders],
-           "calibration": {"text": documents.name, "text_hash": documents.hash, "samples": samples, "length": length, "seed": seed}}
-    source_folder = local_folder(source)
+           "calibration": {"text_hash": documents.hash, "samples": samples, "length": length, "seed": seed}}
+    source_folder, _ = (original_folder(folder.folder, folder.quant, source) for folder in folders)
     parts = Parts.beside(Path(out), how | {"model": model_identity(source_folder)})
     if known := known_bit_map(out, how):
         parts.clear()  # where a kill came just before
@@ -103,7 +103,7 @@ def make_bit_map(source: str, low: str, high: str, out: str, text: str = "c4", s
     tokens = calibration_samples(documents, load_tokenizer(str(base.folder)), samples, length, seed)
     found = divergences(BlockRunner(base.model, tokens, device, base.block), folders, parts)
     chosen = choose(found, *bits)
-    write_bit_map(out, chosen, how | {"divergence": {str(b): column.tolist() for b, column in zip(bits, found.t())}})
+    write_bit_map(out, chosen, how | {"text": documents.name, "divergence": {str(b): column.tolist() for b, column in zip(bits, found.t())}})
     parts.clear()
     return chosen
 

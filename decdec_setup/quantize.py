@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from decdec.artifacts import QuantConfig
 from decdec.errors import UserError, run
-from decdec.models import block_of, load_tokenizer
+from decdec.models import block_of, load_tokenizer, local_folder, original_hash
 from decdec.packing import BASE_BITS
 from decdec.text import calibration_samples, load_text
 
@@ -27,7 +27,7 @@ import squeezellm
 from base_model import BaseModel
 from bit_map import read_bit_map
 from blocks import BlockRunner
-from folder import QuantizedFolder, Reusable, local_folder, model_identity, summary
+from folder import QuantizedFolder, Reusable, calibration_identity, model_identity, summary
 from uniform import check_group_size, default_group_size, pack_uniform
 
 METHODS = ("squeezellm", "awq", "gptq", "rtn")
@@ -43,22 +43,19 @@ def quantize(source: str, method: str, bits: float, out: str, group_size: int | 
     if method not in METHODS:
         raise UserError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if bit_map is None and bits not in BASE_BITS:
-        raise UserError(f"bits: expected one of {BASE_BITS}, got {bits:g}" + ("" if bits == int(bits) else " without a bit-map"))
+        raise UserError(f"bits: expected one of {BASE_BITS}, got {bits:g}" + (" without a bit-map" if bits % 1 == 0.5 else ""))
     if method == "squeezellm" and group_size is not None:
         raise UserError(f"group-size: expected none for squeezellm, whose codebooks serve whole channels, got {group_size}")
     if act_order is not None and method != "gptq":
         raise UserError(f"act-order: expected method gptq, got {method}")
     if reuse and method == "gptq":
         raise UserError("reuse: expected another method than gptq, whose blocks depend on the bits of those before them")
-    for name, value in (("samples", samples), ("length", length)):
-        if value < (2 if name == "length" else 1):
-            raise UserError(f"{name}: expected a positive number of {'tokens' if name == 'length' else 'samples'}, got {value}")
     source_folder = local_folder(source)
-    calibration: dict = {}
+    calibration: dict = {"original": original_hash(source_folder)}
     if method != "rtn":
         documents = load_text(text, "calibration")
-        calibration = {"text": documents.name, "text_hash": documents.hash, "samples": samples, "length": length, "seed": seed}
-    identity = {"method": method, "bits": bits, "group_size": group_size, "calibration": calibration,
+        calibration |= {"text": documents.name, "text_hash": documents.hash, "samples": samples, "length": length, "seed": seed}
+    identity = {"method": method, "bits": bits, "group_size": group_size, "calibration": calibration_identity(calibration),
                 "model": model_identity(source_folder)}
     if bit_map is not None:
         identity["block_bits"] = read_bit_map(bit_map, bits)
@@ -71,7 +68,7 @@ def quantize(source: str, method: str, bits: float, out: str, group_size: int | 
     base = BaseModel(source_folder)
     widths = sorted({module.in_features for module in base.linears().values()})
     if method != "squeezellm":
-        group_size = group_size or default_group_size(widths)
+        group_size = default_group_size(widths) if group_size is None else group_size
         check_group_size(group_size, widths)
     count = len(base.blocks)
     block_bits = identity.get("block_bits", [bits] * count)
@@ -137,7 +134,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="where the block at work is held (default %(default)s)")
     args = parser.parse_args()
-    bits = int(args.bits) if args.bits == int(args.bits) else args.bits
+    bits = int(args.bits) if args.bits.is_integer() else args.bits
     written = quantize(args.model, args.method, bits, args.out, args.group_size, args.text, args.samples, args.length,
                        args.seed, args.device, args.bit_map, args.reuse, args.act_order)
     print(summary(Path(args.out)) if written else f"{args.out} already holds this quantization; nothing to do")

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from decdec.artifacts import REPAIR, Repair, load_repair, read_quant_config, save_repair
 from decdec.errors import UserError, run
-from decdec.models import original_of
 from decdec.reference import CHUNK, chunk_counts
 from decdec.repair import LayerRepair, flatten, unflatten
 from decdec.text import load_text
@@ -29,7 +28,7 @@ from decdec.text import load_text
 from base_model import BaseModel
 from blocks import BlockRunner
 from calibrated import by_block, is_made
-from folder import local_folder
+from folder import calibration_identity, original_folder
 from groups import Group, find_groups
 from parts import Parts
 from quantized_blocks import QuantizedBlocks
@@ -177,11 +176,11 @@ def make_repair(folder: str | Path, settings: Settings = Settings(), model: str 
     calibration = asdict(settings) | {"text": documents.name, "text_hash": documents.hash, "samples": samples, "length": length,
                                       "seed": seed}
     out = folder / REPAIR
-    parts = Parts.beside(out, {"weights": quant.weights_hash, "calibration": calibration})
+    parts = Parts.beside(out, {"weights": quant.weights_hash, "calibration": calibration_identity(calibration)})
     if is_made(out, load_repair, quant, calibration):
         parts.clear()  # where a kill came just before
         return None
-    base = BaseModel(local_folder(model or original_of(folder, quant.base_model)))
+    base = BaseModel(original_folder(folder, quant, model))
     found = by_block(folder, base, documents, calibration, device, parts, partial(repairs, settings))
     save_repair(out, Repair(calibration, unflatten(found)), quant)
     parts.clear()

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+# A larger ratio of residual to weight than rounding leaves: about 0.1 at 4 bits, 0.5 at 2; unrelated weights give 1.4.
+TOO_FAR = 0.9
 SCALING = "scaling.safetensors"
 Entry = TypeVar("Entry")
 _SUFFIXES = (".input_scale", ".output_scale", ".output_offset")

@@ -17,14 +17,13 @@ from tqdm import tqdm
 
 from decdec.artifacts import STATISTICS, THRESHOLDS, Thresholds, load_thresholds, read_quant_config, save_thresholds
 from decdec.errors import UserError, run
-from decdec.models import original_of
 from decdec.original import save_original_thresholds
 from decdec.text import load_text
 
 from base_model import BaseModel
 from blocks import BlockRunner, block_linears
 from calibrated import by_block, is_made
-from folder import local_folder
+from folder import calibration_identity, original_folder
 from groups import find_groups
 from parts import Parts
 from quantized_blocks import QuantizedBlocks
@@ -115,11 +114,11 @@ def make_thresholds(folder: str | Path, model: str | None = None, text: str = "c
     out = Path(out) if out else folder / (THRESHOLDS if layout == "decdec" else f"original/{THRESHOLDS}")
     documents = load_text(text, "calibration")
     calibration = {"text": documents.name, "text_hash": documents.hash, "samples": samples, "length": length, "seed": seed}
-    parts = Parts.beside(out, {"weights": quant.weights_hash, "calibration": calibration})
+    parts = Parts.beside(out, {"weights": quant.weights_hash, "calibration": calibration_identity(calibration)})
     if layout == "decdec" and is_made(out, load_thresholds, quant, calibration):
         parts.clear()  # where a kill came just before
         return None
-    base = BaseModel(local_folder(model or original_of(folder, quant.base_model)))
+    base = BaseModel(original_folder(folder, quant, model))
     found: dict[str, dict[str, Tensor]] = {kind: {} for kind in STATISTICS}
     for name, tensor in by_block(folder, base, documents, calibration, device, parts, statistics).items():
         layer, _, kind = name.rpartition(".")

@@ -1,5 +1,6 @@
 """Loading original models, and finding their decoder's linear layers from the module tree (no model names)."""
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from decdec.errors import UserError
+from decdec.files import safetensors_names
 
 KINDS = ("qkv", "o", "gu", "d")  # the paper's: attention's inputs and output, the MLP's inputs and output
 OTHER = "other"  # a layer whose name tells none of them; it is quantized and compensated like the rest
@@ -20,14 +22,48 @@ _KIND_OF = {name: kind for kind, names in _NAMES.items() for name in names.split
 
 
 def load_model(source: str, dtype: torch.dtype | str = "auto"):
-    """An original Hugging Face causal LM, in eval mode on the CPU, from a folder or a hub id."""
+    """An original Hugging Face causal LM, in eval mode on the CPU, from a folder or a hub id that holds all of its weights."""
     from transformers import AutoModelForCausalLM
 
     check_source(source)
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
-    except (OSError, ValueError, SafetensorError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    except (OSError, SafetensorError, ValueError, ImportError) as error:
         raise UserError(f"model: {source!r} could not be loaded: {_first_line(error)}") from None
+    if found["missing_keys"]:  # transformers makes them up
+        raise UserError(f"model: expected an original model, {source!r} has no {min(found['missing_keys'])}")
+    return model.eval()
+
+
+def local_folder(source: str) -> Path:
+    """The folder of a model given as a folder or a hub id (downloaded once by the hub's own cache)."""
+    check_source(source)
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"],
+                                      ignore_patterns=["consolidated*", "*/*"]))  # the weights once more, in other forms
+    except Exception as error:  # the hub client raises many kinds; whichever, the user can only name another model
+        raise UserError(f"model: expected a model folder or a hub id that can be reached, got {source!r} "
+                        f"({type(error).__name__})") from None
+
+
+def original_hash(folder: Path) -> str:
+    """Short hash of an original's weights, the same wherever the folder lies.
+
+    Of a file only its size and 64 bytes at each of 256 places are read: enough to tell models apart, not to find one changed number.
+    """
+    digest = hashlib.sha256()
+    for path in [folder / name for name in safetensors_names(folder)] or sorted(folder.glob("*.bin")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            for place in range(256):
+                file.seek(place * size // 256)
+                digest.update(file.read(64))
+    return digest.hexdigest()[:16]
 
 
 def original_of(folder: str | Path, base_model: str) -> str:

@@ -131,6 +131,9 @@ def tokenize(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 def windows(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, count: int | None = None) -> Tensor:
     """The first ``count`` (default all) non-overlapping windows of ``length`` tokens, tail dropped: ``(windows, length)``."""
+    _at_least(2, "length", length)  # a single token predicts none
+    if count is not None:
+        _at_least(1, "windows", count)
     tokens = tokenize(text, tokenizer)
     available = len(tokens) // length
     if available < (count or 1):
@@ -139,12 +142,19 @@ def windows(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, count: 
     return tokens[: count * length].view(count, length)
 
 
+def _at_least(least: int, name: str, value: int) -> None:
+    if value < least:
+        raise UserError(f"{name}: expected {least} or more, got {value}")
+
+
 def calibration_samples(text: Text, tokenizer: PreTrainedTokenizerBase, samples: int, length: int, seed: int) -> Tensor:
     """``samples`` windows of ``length`` tokens drawn without overlap by ``seed``: int64 ``(samples, length)``.
 
     Of a text beyond CALIBRATION_CHARACTERS, documents are drawn first, by the same seed. What was drawn is kept in
     :func:`cache_folder`, by tokenizer, text and settings.
     """
+    _at_least(1, "samples", samples)
+    _at_least(2, "length", length)
     # The whole of a fast tokenizer, its vocabulary and special tokens included, is this one string.
     content = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest() if tokenizer.is_fast else None
     key = config_hash({"tokenizer": content, "text": text.hash, "samples": samples, "length": length, "seed": seed,
