@@ -7,7 +7,7 @@ import jinja2
 
 from decdec import models
 from decdec.errors import UserError
-from generate import encode
+from generate import check_text, encode
 from runtime import Runtime
 from sampling import Sampling
 from streaming import TextStream
@@ -45,10 +45,7 @@ class LanguageModel:
 
     def _check(self, text: str) -> None:
         """Refuse a text that has no tokens, or cannot fit, before much time and memory goes into them."""
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # a lone surrogate, from JSON or from bytes of a terminal that are no UTF-8
-            raise UserError("prompt: expected text that UTF-8 can hold, got a lone surrogate") from None
+        check_text(text)
         least = len(text) // self._longest_token
         if least >= self.context:
             raise TooLong(f"prompt: at least {least} tokens, but the model's context is {self.context}")

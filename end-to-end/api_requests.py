@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 _NEUTRAL = {"n": (None, 1), "best_of": (None, 1), "echo": (None, False), "suffix": (None, ""),
             "logprobs": (None, False), "top_logprobs": (None, 0), "logit_bias": (None, {}),
             "presence_penalty": (None, 0), "frequency_penalty": (None, 0), "tools": (None, []), "functions": (None, []),
+            "tool_choice": (None, "auto", "none"), "function_call": (None, "auto", "none"),
+            "min_p": (None, 0), "repetition_penalty": (None, 1), "min_tokens": (None, 0), "ignore_eos": (None, False),
+            "stop_token_ids": (None, []),
             "response_format": (None, {"type": "text"}), "modalities": (None, ["text"]), "audio": (None,)}
 
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
@@ -28,7 +31,7 @@ class Body(BaseModel):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)  # not OpenAI's, but common
+    top_k: int | None = Field(None, ge=0, lt=2**63)  # not OpenAI's, but common
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
 

@@ -15,7 +15,9 @@ from decdec import hub
 from decdec.artifacts import FORMATS
 from decdec.errors import UserError
 from decdec.files import append_row
+from decdec.reference import chunk_counts
 from decdec.sizes import NAMED
+from decoder import Decoder
 from random_model import give_residuals, random_decoder
 from runtime import describe, device_and_dtype
 from runtime_arguments import compensation_of, make_runtime
@@ -70,12 +72,20 @@ def measure(stepper: Stepper, prompt_tokens: int, new_tokens: int, runs: int,
         synchronize()
         times.append((time.perf_counter() - read) * 1e3 / tokens)
         prefill_times.append((read - start) * 1e3)
-    memory = hub.memory(stepper.decoder)
-    embedding = stepper.decoder.embed.weight
-    tied = embedding is stepper.decoder.head.weight
-    return Measured(tuple(times[1:]), statistics.median(prefill_times[1:]),
-                    memory["device_bytes"] - (0 if tied else embedding.nbytes),
-                    torch.cuda.max_memory_allocated(device) if stepper.on_gpu else 0, memory["host_bytes"])
+    return Measured(tuple(times[1:]), statistics.median(prefill_times[1:]), read_bytes(stepper.decoder),
+                    torch.cuda.max_memory_allocated(device) if stepper.on_gpu else 0, hub.memory(stepper.decoder)["host_bytes"])
+
+
+def read_bytes(decoder: Decoder) -> int:
+    """What a token reads of the device's memory besides the cache: all weights, of the embedding nothing to speak of, and of
+    residuals that lie there the rows that are chosen."""
+    embedding = decoder.embed.weight
+    read = hub.memory(decoder)["device_bytes"] - (0 if embedding is decoder.head.weight else embedding.nbytes)
+    for layer in hub.compensated_layers(decoder).values():
+        if layer.compensation.k_chunk and layer.residual_in == "gpu":
+            left_out = layer.in_features - sum(chunk_counts(layer.in_features, layer.compensation.k_chunk))
+            read -= left_out * (layer.residual.nbytes // layer.in_features)
+    return read
 
 
 def random_prompt(stepper: Stepper, tokens: int) -> Tensor:
@@ -127,8 +137,6 @@ def run_benchmark(arguments: argparse.Namespace, sampling: Sampling) -> None:
 
 
 def _random(arguments: argparse.Namespace) -> tuple[Stepper, dict]:
-    if arguments.model:
-        raise UserError("--random-weights: instead of --model, not with it")
     device, dtype = device_and_dtype(arguments.device, arguments.dtype)
     try:
         decoder = random_decoder(arguments.random_weights, arguments.bits, arguments.format, dtype, device,

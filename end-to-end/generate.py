@@ -15,7 +15,7 @@ import torch
 from benchmark import add_benchmark_arguments, run_benchmark
 from decdec import models
 from decdec.errors import UserError, run
-from runtime import Runtime
+from runtime import Runtime, bounded_context
 from runtime_arguments import (add_runtime_arguments, add_sampling_arguments, compensation_of, make_runtime,
                                sampling_of)
 from sampling import Sampling
@@ -38,6 +38,19 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check_measuring(arguments: argparse.Namespace) -> None:
+    """Refuse what would be left aside: arguments of a measurement without one, and those that contradict each other."""
+    for name in ("random_weights", "sweep", "out"):
+        if getattr(arguments, name) is not None and not (arguments.benchmark or arguments.profile):
+            raise UserError(f"--{name.replace('_', '-')}: goes with --benchmark or --profile")
+    for name in ("k_chunk", "plan"):
+        if arguments.sweep and getattr(arguments, name) is not None:
+            raise UserError(f"--sweep: instead of --{name.replace('_', '-')}, not with it")
+    for name in ("model", "plan", "target", "context", "repair"):
+        if arguments.random_weights and getattr(arguments, name) not in (None, False):
+            raise UserError(f"--random-weights: does not go with --{name}")
+
+
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
     if arguments.prompt is not None:
         return [arguments.prompt]
@@ -55,13 +68,22 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
         raise UserError(f"{'--prompts' if arguments.prompts else '--prompt-file'}: {path}: {error.strerror}") from None
     if not arguments.prompts:
         return [text]
-    if prompts := [line for line in text.splitlines() if line.strip()]:
+    if prompts := [line for line in text.split("\n") if line.strip()]:
         return prompts
     raise UserError(f"--prompts: {path}: expected a prompt on every line, got none")
 
 
+def check_text(text: str) -> None:
+    """Refuse a lone surrogate, from JSON or from bytes of an argument or a terminal that are no UTF-8: tokenizers trip over it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError("prompt: expected text that UTF-8 can hold, got a lone surrogate") from None
+
+
 def encode(tokenizer, prompt: str, chat: bool) -> list[int]:
     """Token ids of the prompt; of an empty one the model's first token, if it has one."""
+    check_text(prompt)
     if chat:
         if not tokenizer.chat_template:
             raise UserError("--chat: this model has no chat template")
@@ -112,13 +134,14 @@ def main() -> None:
     compensation_of(arguments)  # what is wrong with it is said before anything is loaded
     if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: expected a positive number, got {arguments.max_new_tokens}")
-    if arguments.benchmark or arguments.profile or arguments.random_weights:
+    check_measuring(arguments)
+    if arguments.benchmark or arguments.profile:
         run_benchmark(arguments, sampling)
         return
     if arguments.model is None:
         raise UserError("--model: expected a DecDEC folder, or an original model's folder or hub id")
     tokenizer = models.load_tokenizer(arguments.model)
-    context = models.context_length(arguments.model)
+    context = bounded_context(models.context_length(arguments.model), arguments.context)
     prompts = [encode(tokenizer, prompt, arguments.chat) for prompt in read_prompts(arguments)]
     wanted = arguments.max_new_tokens or 128
     for prompt in prompts:

@@ -33,20 +33,19 @@ class Runtime:
 
     ``compensation``: one setting for all layers, a mapping by kind, or ``"plan"``, the folder's ``plan.json``; an
     original model has none. ``device`` and ``dtype``: see :func:`device_and_dtype`. ``head_bits`` 8 rounds the output head. ``residuals``: ``"host"`` or
-    ``"gpu"`` memory.
+    ``"gpu"`` memory. ``context``: the longest sequence, by default the model's, whose cache may be large.
 
-    ``context`` is the model's longest sequence, ``stop`` the tokens that end a text, ``timing`` that of the last
-    stream.
+    ``stop`` are the tokens that end a text, ``timing`` is that of the last stream.
     """
 
     def __init__(self, source: str | Path, compensation: Compensation | dict | str = Compensation(),
                  device: str | None = None, dtype: torch.dtype | str | None = None, head_bits: int = 16,
-                 residuals: str = "host"):
+                 residuals: str = "host", context: int | None = None):
         self.source = str(source)
         self.device, self.dtype = device_and_dtype(device, dtype)
         model, self.stop = load(self.source, self.dtype, compensation)
         decoder = Decoder(model, head_bits).eval()
-        self.context = decoder.context
+        self.context = bounded_context(decoder.context, context)
         try:
             decoder.to(self.device)
         except torch.OutOfMemoryError:
@@ -127,6 +126,13 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() and torch.ops.decdec.has_cuda() else "cpu"
 
 
+def bounded_context(own: int, wanted: int | None) -> int:
+    """``wanted`` tokens, by default the model's ``own``; raises UserError for none and for more than those."""
+    if wanted is not None and not 1 <= wanted <= own:
+        raise UserError(f"context: expected 1 to {own} tokens, which the model was made for, got {wanted}")
+    return own if wanted is None else wanted
+
+
 def device_and_dtype(device: str | None = None, dtype: torch.dtype | str | None = None
                      ) -> tuple[torch.device, torch.dtype]:
     """Where to compute, ``cpu`` or ``cuda``, and in what: by default the GPU where there is one, float16 there and float32
@@ -150,6 +156,8 @@ def device_and_dtype(device: str | None = None, dtype: torch.dtype | str | None 
         raise UserError("device: the ops were built without CUDA; build decdec_extension again where nvcc is")
     if dtype == torch.float32:
         raise UserError("dtype: expected float16 or bfloat16 on a GPU, got float32")
+    if device.index is not None:
+        torch.cuda.set_device(device)  # graphs are captured, and plans looked up, on the current one
     return device, dtype
 
 
@@ -160,7 +168,7 @@ def load(source: str, dtype: torch.dtype, compensation: Compensation | dict | st
     if folder.is_dir() and "quantization_config" in read_json(folder / "config.json"):
         model = hub.load(folder, dtype)
     elif _compensates(compensation):
-        raise UserError(f"k_chunk: {source} is not a DecDEC folder, only 0 can be run")
+        raise UserError(f"k_chunk, repair: {source} is not a DecDEC folder, it can only be run without them")
     else:
         model = models.load_model(source, dtype)
     stop = set()
@@ -172,4 +180,4 @@ def load(source: str, dtype: torch.dtype, compensation: Compensation | dict | st
 def _compensates(compensation: Compensation | dict | str) -> bool:
     if isinstance(compensation, dict):
         return any(map(_compensates, compensation.values()))
-    return not isinstance(compensation, Compensation) or compensation.k_chunk > 0
+    return not isinstance(compensation, Compensation) or compensation.k_chunk > 0 or compensation.repair

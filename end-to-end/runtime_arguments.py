@@ -47,6 +47,8 @@ def add_runtime_arguments(parser: argparse.ArgumentParser, model_required: bool 
                         help="of activations and unquantized weights (default float16 on a GPU, float32 on the CPU)")
     parser.add_argument("--head-bits", type=int, default=16, choices=(8, 16),
                         help="8 rounds the output head to 8 bits (default 16: as it is)")
+    parser.add_argument("--context", type=int, metavar="N",
+                        help="longest sequence, prompt and answer together, which bounds the cache's memory (default: the model's)")
     parser.add_argument("--residuals", default="host", choices=PLACES,
                         help="where a GPU reads the residuals: pinned host memory or its own (default host)")
     for flag in ANSWERS:
@@ -84,7 +86,7 @@ def make_runtime(arguments: argparse.Namespace) -> Runtime:
     if arguments.plan and arguments.k_chunk:
         raise UserError("--plan: cannot be followed together with --k-chunk; leave one out")
     runtime = Runtime(arguments.model, compensation_of(arguments), arguments.device, arguments.dtype,
-                      arguments.head_bits, arguments.residuals)
+                      arguments.head_bits, arguments.residuals, arguments.context)
     if arguments.plan and not runtime.quantized:
         raise UserError(f"--plan: {arguments.model} is not a DecDEC folder, nothing can be compensated")
     own = Path(arguments.model) / PLAN
@@ -95,8 +97,12 @@ def make_runtime(arguments: argparse.Namespace) -> Runtime:
         try:
             plan = load_plan(own, runtime.decoder.decdec.quant, this_device())
         except UserError as error:
+            if arguments.target is not None:
+                raise
             print(f"not compensating: {error}", file=sys.stderr)
             return runtime
+    elif arguments.target is not None:
+        raise UserError("--target: expected a plan to follow (--plan, or on a GPU the folder's own), got none")
     else:
         return runtime
     runtime.follow(plan, arguments.target, arguments.compensate_prefill, arguments.residuals)

@@ -121,7 +121,9 @@ def main() -> None:
     for k_chunk in arguments.k_chunk:
         setting = Compensation(k_chunk, "exact", repair=arguments.repair)
         judge, first = Runtime(arguments.model, setting, "cpu").decoder, None
-        layer = next(iter(hub.compensated_layers(judge).values()))
+        layer = next(iter(hub.compensated_layers(judge).values()), None)
+        if layer is None:
+            raise UserError(f"--model: {arguments.model} is not a DecDEC folder")
         what = {"bench": "same text", "model": Path(arguments.model).resolve().name, "residual_bits": layer.residual_bits,
                 "nested": layer.nested, "k_chunk": k_chunk, "repair": arguments.repair}
         for device in dict.fromkeys(("cpu", default_device())):

@@ -8,6 +8,9 @@ from torch import Tensor
 from decdec import decode_ops
 from decdec.errors import UserError
 
+FLOAT32 = torch.finfo(torch.float32)
+COLD = 1e-6  # temperatures below are greedy: logits divided by them soon leave float32
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -19,12 +22,14 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
+        if not 0 <= self.temperature <= FLOAT32.max:
             raise UserError(f"temperature: expected a finite number >= 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise UserError(f"top_k: expected an integer >= 0, got {self.top_k}")
+        if not 0 <= self.top_k < 2**63:
+            raise UserError(f"top_k: expected an integer >= 0 of at most 63 bits, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p: expected a number above 0 and at most 1, got {self.top_p}")
+        if not -2**63 <= self.seed < 2**63:
+            raise UserError(f"seed: expected an integer of at most 64 bits, got {self.seed}")
 
 
 def probabilities(logits: Tensor, temperature: Tensor | float, top_k: Tensor | int, top_p: Tensor | float) -> Tensor:
@@ -55,10 +60,10 @@ class Sampler:
     def set(self, sampling: Sampling, vocabulary: int) -> None:
         """Take new settings and begin the draws of their seed."""
         cut = 0 < sampling.top_k < vocabulary or sampling.top_p < 1
-        self.form = "greedy" if sampling.temperature == 0 else "cut" if cut else "whole"
+        self.form = "greedy" if sampling.temperature < COLD else "cut" if cut else "whole"
         self.temperature.fill_(sampling.temperature or 1.0)
         self.top_k.fill_(sampling.top_k or vocabulary)
-        self.top_p.fill_(sampling.top_p)
+        self.top_p.fill_(max(sampling.top_p, FLOAT32.tiny))
         self.generator.manual_seed(sampling.seed)
 
     def next_token(self, logits: Tensor) -> Tensor:

@@ -39,6 +39,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_stepper(arguments: argparse.Namespace) -> Stepper:
+    for name in ("prompt_tokens", "new_tokens"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: expected a positive number, got {getattr(arguments, name)}")
     if (arguments.model is None) == (arguments.random_weights is None):
         raise UserError("model: expected either --model FOLDER or --random-weights NAME")
     if arguments.model:

@@ -50,12 +50,13 @@ def test_stdin_chat_and_sampling_stream_the_same_text_for_the_same_seed(folder, 
     assert first.out == second.out and "tokens/s" in first.err
     assert generate("--model", folder, stdin="").err.startswith("prefill 1 tokens")  # of no prompt, the first token
     assert generate("--model", folder, "--prompt", "x" * 510).err.startswith("only 2 new tokens")
+    assert generate("--model", folder, "--prompt", "x" * 6, "--context", 8).err.startswith("only 2 new tokens")
 
 
 def test_a_file_of_prompts_is_answered_one_by_one(folder, generate, tmp_path):
-    (tmp_path / "prompts.txt").write_text("Hello\n\nGoodbye\n")
+    (tmp_path / "prompts.txt").write_text("Hello\u2028you\x0b\n\nGoodbye\n")  # no line ends but \n
     many = generate("--model", folder, "--prompts", tmp_path / "prompts.txt", "--json").out.splitlines()
-    alone = [generate("--model", folder, "--prompt", prompt, "--json").out for prompt in ("Hello", "Goodbye")]
+    alone = [generate("--model", folder, "--prompt", prompt, "--json").out for prompt in ("Hello\u2028you\x0b", "Goodbye")]
     assert [json.loads(row)["text"] for row in many] == [json.loads(row)["text"] for row in alone]
 
 
@@ -144,7 +145,21 @@ def test_shell_script_compares_settings(folder):
     (("--model", "{folder}", "--prompts", "/dev/null"), "expected a prompt on every line"),
     (("--prompt", "Hello"), "--model: expected"),
     (("--benchmark",), "--model: expected a model to measure"),
-    (("--model", "{folder}", "--random-weights", "llama-3-8b"), "instead of --model"),
+    (("--model", "{folder}", "--random-weights", "llama-3-8b", "--benchmark"), "does not go with --model"),
+    (("--random-weights", "llama-3-8b", "--benchmark", "--plan", "x"), "does not go with --plan"),
+    (("--random-weights", "llama-3-8b", "--benchmark", "--repair"), "does not go with --repair"),
+    (("--random-weights", "llama-3-8b"), "--random-weights: goes with --benchmark"),
+    (("--model", "{folder}", "--out", "rows"), "--out: goes with --benchmark"),
+    (("--model", "{folder}", "--benchmark", "--sweep", 0, "--plan", "x"), "--sweep: instead of --plan"),
+    (("--model", "{folder}", "--benchmark", "--sweep", 0, "--k-chunk", 0), "--sweep: instead of --k-chunk"),
+    (("--model", "{folder}", "--device", "cpu", "--target", 5), "--target: expected a plan"),
+    (("--model", "{original}", "--repair"), "not a DecDEC folder"),
+    (("--model", "{folder}", "--context", 0), "expected 1 to 512 tokens"),
+    (("--model", "{folder}", "--context", 513), "expected 1 to 512 tokens"),
+    (("--model", "{folder}", "--top-k", 10**20), "top_k"),
+    (("--model", "{folder}", "--seed", 10**20), "seed"),
+    (("--model", "{folder}", "--prompt", "\udcff"), "lone surrogate"),
+    (("--model", "{folder}", "--prompt", "\udcff", "--chat"), "lone surrogate"),
     (("--model", "{folder}", "--benchmark", "--runs", 0), "--runs"),
 ])
 def test_mistakes_end_in_one_line(original, folder, monkeypatch, arguments, match):

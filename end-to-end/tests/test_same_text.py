@@ -62,6 +62,12 @@ def test_a_wrong_text_ends_in_an_error(folder, monkeypatch):
         main()
 
 
+def test_an_original_is_refused(original, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["same_text.py", "--model", str(original), "--k-chunk", "0"])
+    with pytest.raises(UserError, match="not a DecDEC folder"):
+        main()
+
+
 def test_a_number_of_tokens_below_one_is_refused(folder, monkeypatch):
     monkeypatch.setattr("sys.argv", ["same_text.py", "--model", str(folder), "--max-new-tokens", "0"])
     with pytest.raises(UserError, match="--max-new-tokens"):

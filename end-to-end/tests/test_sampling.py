@@ -45,13 +45,18 @@ def test_top_k_and_top_p_cut_the_tail():
     assert draw(Sampling(1.0, top_p=0.4), 200).unique().tolist() == [1]
 
 
+@pytest.mark.parametrize("least", [dict(temperature=1e-46), dict(temperature=1e-37), dict(temperature=1, top_p=1e-46)])
+def test_what_float32_takes_for_nothing_is_greedy(least):
+    assert draw(Sampling(**least), 20).unique().tolist() == [1]
+
+
 def test_a_seed_repeats_and_another_differs():
     first, again, other = (draw(Sampling(1.0, seed=seed), 50).tolist() for seed in (1, 1, 2))
     assert first == again != other
 
 
 @pytest.mark.parametrize("wrong", [dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=-1), dict(top_p=0),
-                                   dict(top_p=1.1)])
+                                   dict(top_p=1.1), dict(temperature=1e300), dict(top_k=2**70), dict(seed=2**64)])
 def test_bad_settings_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         Sampling(**wrong)

@@ -118,6 +118,9 @@ def test_the_context_ends_an_answer(client, model):
     ({"n": 2}, "n: expected 1"), ({"tools": [{"type": "function"}]}, "tools"), ({"logprobs": True}, "logprobs"),
     ({"response_format": {"type": "json_object"}}, "response_format"), ({"max_tokens": 0}, "max_tokens"),
     ({"temperature": 3}, "temperature"), ({"top_p": 0}, "top_p"), ({"stop": [""]}, "stop"), ({"seed": 2**70}, "seed"),
+    ({"extra_body": {"top_k": 2**70}}, "top_k"), ({"extra_body": {"min_p": 0.1}}, "min_p"), ({"tool_choice": "required"}, "tool_choice"),
+    ({"extra_body": {"repetition_penalty": 1.2}}, "repetition_penalty"), ({"extra_body": {"ignore_eos": True}}, "ignore_eos"),
+    ({"extra_body": {"stop_token_ids": [1]}}, "stop_token_ids"), ({"extra_body": {"min_tokens": 1}}, "min_tokens"),
     ({"messages": []}, "messages"), ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0"),
     ({"messages": [{"role": "user", "content": "x" * 505}]}, "messages: 523 tokens, but the model's context is 512"),
@@ -176,6 +179,7 @@ def test_a_taken_port_and_other_mistakes_end_in_one_line(folder, monkeypatch):
         port = taken.getsockname()[1]
         for arguments, match in (((folder, "--port", port), f"127.0.0.1:{port}: .*in use"),
                                  ((folder, "--port", 70_000), "cannot listen"),
+                                 ((folder, "--port", 0, "--host", "a..b"), "cannot listen"),
                                  ((folder, "--port", 0, "--queue", 0), "queue"),
                                  ((folder / "nothing", "--port", 0), "model folder")):
             monkeypatch.setattr("sys.argv", ["serve.py", "--model", *map(str, arguments)])

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import time_plans
 
+from decdec.errors import UserError
 from decdec.plan import Choice, Device, Plan, Tuned, save_plan
 from decdec.testing import refused, run_script
 
@@ -49,6 +50,13 @@ def test_an_old_base_is_measured_again(monkeypatch):
     ('{"plan": "no-such-plan.json"}', "no-such-plan.json: no such file")])
 def test_other_lines_are_refused(folder, line, says):
     assert says in refused(timed(folder, line))
+
+
+@pytest.mark.parametrize("name", ["--new-tokens", "--prompt-tokens"])
+def test_a_number_of_tokens_below_one_is_refused(folder, monkeypatch, name):
+    monkeypatch.setattr("sys.argv", ["time_plans.py", "--model", str(folder), name, "0"])
+    with pytest.raises(UserError, match=f"{name}: expected a positive number"):
+        time_plans.main()
 
 
 @pytest.mark.parametrize("what", ["--model", "--random-weights"])
