@@ -27,7 +27,10 @@ def main() -> None:
         for panel, kind in zip(axes.flat, KINDS, strict=True):
             for look, block in zip(style.LINES, blocks, strict=False):
                 for order in ORDERS:
-                    row, = (row for row in rows if (row["block"], row["kind"], row["order"]) == (block, kind, order))
+                    same = [row for row in rows if (row["block"], row["kind"], row["order"]) == (block, kind, order)]
+                    if not same:  # an interrupted measurement
+                        continue
+                    row = same[-1]
                     share = [100 * count / row["d_in"] for count in row["restored"]]
                     by_size = order == "sorted"
                     panel.plot(share, [mse / row["mse"][0] for mse in row["mse"]], color=look["color"], marker=look["marker"],

@@ -6,18 +6,18 @@ The mean over the subtasks that every setting has been measured on, each subtask
 import argparse
 from collections import defaultdict
 
-from series import bench_rows, by_k_chunk, k_chunk_figure, written
+from series import bench_rows, by_k_chunk, k_chunk_figure, of_last_models, written
 
 from decdec.errors import UserError, run
 
-SETTING = ("model", "method", "bits", "weights_hash", "selection", "k_chunk", "residual_bits", "nested", "seed")
+SETTING = ("model", "method", "bits", "weights_hash", "selection", "k_chunk", "residual_bits", "nested", "repair", "seed")
 
 
 def accuracies(rows: list[dict]) -> tuple[list[dict], int]:
     """One row a setting with its mean accuracy in percent, and the number of subtasks that the mean is over."""
     settings = defaultdict(dict)
-    for row in rows:
-        settings[tuple(str(row[name]) for name in SETTING)][row["task"]] = row
+    for row in of_last_models(rows):
+        settings[tuple(str(row.get(name)) for name in SETTING)][row["task"]] = row
     common = set.intersection(*(set(tasks) for tasks in settings.values()))
     if not common:
         raise UserError("no BBH subtask has been measured for every setting")

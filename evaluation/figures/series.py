@@ -34,27 +34,45 @@ def bits_name(bits: int | list[int]) -> str:
     return f"{sum(bits) / len(bits):g}" if isinstance(bits, list) else str(bits)
 
 
-def label(row: dict) -> str:
+def model_label(row: dict) -> str:
+    """What is compensated: the model, with its static repair where it has one."""
     name = f"{METHODS.get(row['method'], row['method'])}, {bits_name(row['bits'])} bits"
-    return f"{name}, nested {row['residual_bits']}" if row.get("nested") else name
+    return f"{name}, repaired" if row.get("repair") else name
+
+
+def label(row: dict) -> str:
+    return f"{model_label(row)}, nested {row['residual_bits']}" if row.get("nested") else model_label(row)
+
+
+def of_last_models(rows: Sequence[dict]) -> list[dict]:
+    """Of rows whose models have the same label those of the last one's weights and repair: others were made otherwise."""
+    last = {model_label(row): (row.get("weights_hash"), row.get("repair")) for row in rows}
+    return [row for row in rows if last[model_label(row)] == (row.get("weights_hash"), row.get("repair"))]
 
 
 def by_k_chunk(rows: Iterable[dict], value: str, selection: str) -> tuple[dict[str, dict[int, float]], float | None]:
     """Lines ``{label: {k_chunk: value}}`` of the quantized models under ``selection``, and the original model's value.
 
-    Several values of one point (runs with other seeds) are averaged. Residuals of the paper's 4 bits, or nested ones.
+    Runs with several seeds are averaged. Residuals of the paper's 4 bits, or nested ones.
     """
-    lines, original = defaultdict(lambda: defaultdict(list)), []
-    for row in rows:
-        if row[value] is None:
-            continue
-        if row["method"] == "original":
-            original.append(row[value])
-        elif row["selection"] == "none" or (row["selection"] == selection and (row.get("nested") or row["residual_bits"] in (None, 4))):
-            lines[label(row)][row["k_chunk"]].append(row[value])
-    # A model that was never compensated has no line.
-    means = {name: {k: sum(points[k]) / len(points[k]) for k in sorted(points)} for name, points in sorted(lines.items()) if any(points)}
-    return means, sum(original) / len(original) if original else None
+    lines, base = defaultdict(lambda: defaultdict(dict)), defaultdict(dict)  # by label, k_chunk and seed; by model and seed
+    of = {}
+    for row in of_last_models([row for row in rows if row[value] is not None]):
+        seed = row.get("seed")
+        if row["k_chunk"] == 0:
+            base[model_label(row)][seed] = row[value]
+        elif row["selection"] == selection and (row.get("nested") or row["residual_bits"] in (None, 4)):
+            lines[label(row)][row["k_chunk"]][seed] = row[value]
+            of[label(row)] = model_label(row)
+    for name, points in lines.items():  # a model that was never compensated has no line
+        if of[name] in base:
+            points[0] = base[of[name]]
+    means = {name: {k: _mean(points[k]) for k in sorted(points)} for name, points in sorted(lines.items())}
+    return means, next((_mean(values) for name, values in base.items() if name.startswith("original,")), None)
+
+
+def _mean(by_seed: dict[int, float]) -> float:
+    return sum(by_seed.values()) / len(by_seed)
 
 
 @contextmanager

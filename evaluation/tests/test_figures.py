@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from fig14_bbh import accuracies
+from series import by_k_chunk
 from subject import SUBJECT_KEY
 
 from decdec.files import append_row, read_rows
@@ -102,6 +104,53 @@ def test_no_rows_is_one_line_and_no_file(tmp_path, script):
     out = () if script == "table.py" else ("--out", tmp_path / "figure.pdf")
     assert "rows" in refused(run_script(EVALUATION / script, tmp_path / "none.jsonl", *out))
     assert list(tmp_path.iterdir()) == []
+
+
+def series_of(*rows):
+    return by_k_chunk(rows, "perplexity", "bucket")
+
+
+def test_lines_hold_one_model_each_and_average_nothing_but_seeds():
+    old = [row("awq", k, 90.0, weights_hash="old", seed=0) for k in (0, 8)]
+    new = [row("awq", k, value, weights_hash="new", seed=seed) for k, seed, value in ((0, 0, 30.0), (8, 0, 24.0), (8, 1, 26.0))]
+    again = row("awq", 8, 22.0, weights_hash="new", seed=0)  # measured once more, with other thresholds
+    repaired = [row("awq", k, value, weights_hash="new", repair="r", seed=0) for k, value in ((0, 27.0), (8, 21.0))]
+    assert series_of(*old, *new, again, *repaired) == ({"AWQ, 3 bits": {0: 30.0, 8: 24.0}, "AWQ, 3 bits, repaired": {0: 27.0, 8: 21.0}},
+                                                       None)
+    assert series_of(*new, *old)[0] == {"AWQ, 3 bits": {0: 90.0, 8: 90.0}}
+    nested = row("awq", 8, 20.0, weights_hash="new", nested=True, residual_bits=2, seed=0)
+    assert series_of(new[0], nested, row("original", 0, 9.0, 16)) == ({"AWQ, 3 bits, nested 2": {0: 30.0, 8: 20.0}}, 9.0)
+
+
+def test_a_repair_is_told_in_the_table_and_in_figure_14(rows, tmp_path):
+    append_row(rows, row("awq", 8, 21.0, repair="r", repair_settings={"rank": 4, "center": "on", "k_chunk": 16}))
+    lines = run_script(EVALUATION / "table.py", rows).stdout.splitlines()
+    assert [line.split("  ")[-1].strip() for line in lines[1:]] == ["repair", "-" * 17, "-", "-", "rank 4, center on", "-"]
+    task = {"task": "bbh_a", "value": 0.1}
+    plain, repaired = row("awq", 8, None) | task, row("awq", 8, None, repair="r") | task | {"value": 0.3}
+    assert [round(mean["accuracy"]) for mean in accuracies([plain, repaired])[0]] == [10, 30]
+
+
+def test_figure_16_takes_the_bits_and_the_residuals_that_were_measured(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for selection, value in (("bucket", 24.0), ("static", 26.0)):
+        measured = row("rtn", 8, value, 4, selection=selection, nested=True, residual_bits=2)
+        append_row(path, measured, measured | {"bench": "recall", "recall": 0.8})
+    append_row(path, row("rtn", 0, 30.0, 4))
+    result = run_script(EVALUATION / "figures/fig16_selection.py", path, "--out", tmp_path / "figure")
+    assert result.returncode == 0, result.stderr
+
+
+def test_figure_4_is_drawn_of_several_seeds_and_of_what_an_interrupt_left(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for kind in ("qkv", "o", "gu", "d"):
+        for order, seed in (("sorted", 0), ("random", 0), ("random", 1)):
+            if (kind, order) != ("d", "random"):
+                append_row(path, row("awq", 0, None) | {"bench": "error_curve", "block": 0, "kind": kind, "order": order, "seed": seed,
+                                                        "positions": 1, "d_in": 8, "restored": [0, 4, 8], "mse": [1, 0.5, 0],
+                                                        "magnitude": [1, 0.5, 0.1]})
+    result = run_script(EVALUATION / "figures/fig04_error_curve.py", path, "--out", tmp_path / "figure")
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_broken_row_is_named(rows):
