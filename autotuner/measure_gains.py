@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from decdec import artifacts, hub, text
 from decdec.artifacts import Cheatsheet
-from decdec.errors import UserError, run
+from decdec.errors import UserError, check_device, run
 from decdec.files import atomic, config_hash
-from decdec.linear import CompensatedLinear
+from decdec.linear import BASE_ROWS, CompensatedLinear
 from decdec.models import load_tokenizer
 from decdec.reference import CHUNK, chunk_counts
 
@@ -91,17 +91,20 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: the GPU if there is one")
     arguments = parser.parse_args()
-    if arguments.samples < 1 or arguments.length < 2:
-        raise UserError(f"samples, length: expected at least 1 and 2, got {arguments.samples} and {arguments.length}")
+    check_device(arguments.device)
+    if arguments.length <= BASE_ROWS:
+        raise UserError(f"length: expected more than {BASE_ROWS} tokens, as so few run in kernels without gradients, "
+                        f"got {arguments.length}")
     folder = Path(arguments.model)
     quant = artifacts.read_quant_config(folder)
     sheet = artifacts.load_cheatsheet(folder / artifacts.CHEATSHEET, quant)
     source = text.load_text(arguments.text, "calibration")
     samples = text.calibration_samples(source, load_tokenizer(str(folder)), arguments.samples, arguments.length,
                                        arguments.seed)
-    metadata = {"weights_hash": quant.weights_hash, "text": source.name, "text_hash": source.hash,
-                "samples": str(arguments.samples), "length": str(arguments.length), "seed": str(arguments.seed)}
-    out, wanted = folder / gains_of.GAINS, config_hash(metadata)
+    metadata = {"weights_hash": quant.weights_hash, "sheet": gains_of.sheet_identity(sheet),
+                "text": source.name, "text_hash": source.hash, "samples": str(arguments.samples),
+                "length": str(arguments.length), "seed": str(arguments.seed)}
+    out, wanted = folder / gains_of.GAINS, config_hash(text.calibration_identity(metadata))
     if gains_of.config_of(out) == wanted:
         print(f"{out} is there already")
         return

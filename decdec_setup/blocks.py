@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from decdec.errors import UserError
+from decdec.errors import UserError, check_device
 from decdec.models import decoder_blocks
 
 
@@ -42,6 +42,7 @@ class BlockRunner:
     def __init__(self, model: nn.Module, samples: Tensor, device: str | torch.device = "cpu",
                  stored: Callable[[int], dict[str, Tensor]] | None = None):
         self.model, self.samples, self._stored = model, samples, stored
+        check_device(device)
         device = torch.device(device)
         every = device.type == "cuda" and device.index is None
         self.devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if every else [device]

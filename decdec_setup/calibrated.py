@@ -8,11 +8,10 @@ from torch import Tensor
 from decdec.artifacts import QuantConfig
 from decdec.errors import UserError
 from decdec.models import load_tokenizer
-from decdec.text import Text, calibration_samples
+from decdec.text import Text, calibration_identity, calibration_samples
 
 from base_model import BaseModel
 from blocks import BlockRunner
-from folder import calibration_identity
 from parts import Parts
 from quantized_blocks import QuantizedBlocks
 from scaling import read_scaling

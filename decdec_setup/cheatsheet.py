@@ -19,7 +19,7 @@ from tqdm import tqdm
 from decdec import reference
 from decdec.artifacts import (CHEATSHEET, REPAIR, REPAIRED_CHEATSHEET, Cheatsheet, QuantConfig, Repair, load_cheatsheet,
                               load_repair, read_quant_config, save_cheatsheet)
-from decdec.errors import UserError, run
+from decdec.errors import UserError, check_device, run
 from decdec.files import tensors_hash
 from decdec.models import block_of, decoder_blocks, decoder_linears, layer_kind, load_model, local_folder, original_hash
 from decdec.original import save_original_cheatsheet
@@ -47,6 +47,7 @@ def make_cheatsheet(folder: str | Path, model: str | None = None, bits: int | No
     """
     bits = bits or (2 if nested else 4)
     _check(bits, nested, layout, repaired)
+    check_device(device)
     folder = Path(folder)
     quant = read_quant_config(folder)
     repair = load_repair(folder / REPAIR, quant) if repaired else None

@@ -15,6 +15,7 @@ from decdec.artifacts import QUANT_METHOD, QuantConfig, read_quant_config
 from decdec.errors import UserError
 from decdec.files import atomic, read_json, tensors_hash, write_json
 from decdec.models import local_folder, original_hash, original_of
+from decdec.text import calibration_identity
 
 from base_model import BaseModel
 from model_card import card
@@ -67,11 +68,6 @@ def original_folder(folder: Path, quant: QuantConfig, model: str | None = None) 
     if quant.calibration.get("original") not in (None, original_hash(found)):
         raise UserError(f"model: {folder} was not made from {found}, whose weights are others; give the model that was quantized")
     return found
-
-
-def calibration_identity(calibration: dict) -> dict:
-    """What tells one calibration from another: not the text's name, which says without a network less than with one."""
-    return {key: value for key, value in calibration.items() if key != "text"}
 
 
 class QuantizedFolder:

@@ -19,7 +19,7 @@ from decdec.artifacts import QuantConfig
 from decdec.errors import UserError, run
 from decdec.models import block_of, load_tokenizer, local_folder, original_hash
 from decdec.packing import BASE_BITS
-from decdec.text import calibration_samples, load_text
+from decdec.text import calibration_identity, calibration_samples, load_text
 
 import awq
 import gptq
@@ -27,7 +27,7 @@ import squeezellm
 from base_model import BaseModel
 from bit_map import read_bit_map
 from blocks import BlockRunner
-from folder import QuantizedFolder, Reusable, calibration_identity, model_identity, summary
+from folder import QuantizedFolder, Reusable, model_identity, summary
 from uniform import check_group_size, default_group_size, pack_uniform
 
 METHODS = ("squeezellm", "awq", "gptq", "rtn")

@@ -23,12 +23,12 @@ from decdec.artifacts import REPAIR, Repair, load_repair, read_quant_config, sav
 from decdec.errors import UserError, run
 from decdec.reference import CHUNK, chunk_counts
 from decdec.repair import LayerRepair, flatten, unflatten
-from decdec.text import load_text
+from decdec.text import calibration_identity, load_text
 
 from base_model import BaseModel
 from blocks import BlockRunner
 from calibrated import by_block, is_made
-from folder import calibration_identity, original_folder
+from folder import original_folder
 from groups import Group, find_groups
 from parts import Parts
 from quantized_blocks import QuantizedBlocks

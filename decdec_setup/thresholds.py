@@ -18,12 +18,12 @@ from tqdm import tqdm
 from decdec.artifacts import STATISTICS, THRESHOLDS, Thresholds, load_thresholds, read_quant_config, save_thresholds
 from decdec.errors import UserError, run
 from decdec.original import save_original_thresholds
-from decdec.text import load_text
+from decdec.text import calibration_identity, load_text
 
 from base_model import BaseModel
 from blocks import BlockRunner, block_linears
 from calibrated import by_block, is_made
-from folder import calibration_identity, original_folder
+from folder import original_folder
 from groups import find_groups
 from parts import Parts
 from quantized_blocks import QuantizedBlocks

@@ -10,7 +10,7 @@
 #   K_CHUNKS TEXT WINDOWS LENGTH       of perplexity;  TASKS LIMIT MAX_GEN_TOKS SOME_K   of Figure 14;  QUESTIONS MAX_NEW_TOKENS   of Figure 15
 #   OPENAI_BASE_URL OPENAI_API_KEY JUDGE_MODEL   the judge of Figure 15;  KERNELS   benchmark rows of Figure 12
 #   CLIENTS OTHERS TARGETS LAW         GPUs of Figures 17 and 18, the tuner's targets, and whether to simulate the paper's law alone (LAW=1)
-#   RESIDUAL_BITS                      of Table 2 beside 4;  DEVICE   cpu (default) or cuda;  PYTHON   the interpreter
+#   RESIDUAL_BITS                      of Table 2 (2 4 8 16);  DEVICE   cpu (default) or cuda;  PYTHON   the interpreter
 # Figures 4, 5 and 16 and Table 2 take only the folders of fewest bits, the paper's 3.
 set -euo pipefail
 here=$(dirname "$0") setup=$(dirname "$0")/../decdec_setup tuner=$(dirname "$0")/../autotuner
@@ -24,7 +24,7 @@ if [ "$1" = --tiny ]; then
     RESULTS=${RESULTS:-$(mktemp -d)/tiny}
     DATA=$RESULTS/data original=$RESULTS/models/tiny folder=$RESULTS/models/tiny-rtn-w3
     export TEXT=pydoc WINDOWS=2 LENGTH=64 K_CHUNKS="0 8 32" LIMIT=1 QUESTIONS=1 MAX_GEN_TOKS=4 MAX_NEW_TOKENS=8 SOME_K=16
-    export KERNELS=$DATA/kernels.jsonl CLIENTS=4050M OTHERS=4050M TARGETS="50 400" RESIDUAL_BITS=16 TASKS="bbh_cot_fewshot_*"
+    export KERNELS=$DATA/kernels.jsonl CLIENTS=4050M OTHERS=4050M TARGETS="50 400" RESIDUAL_BITS="4 16" TASKS="bbh_cot_fewshot_*"
     [ -d "$DATA" ] || "$python" "$here/tiny_data.py" "$DATA"
     [ -f "$original/config.json" ] || "$python" -m decdec.tiny "$original"
     [ -f "$folder/thresholds.pt" ] || "$setup/setup.sh" "$original" rtn 3 "$folder" --text pydoc --samples 4 --length 64
@@ -80,7 +80,7 @@ fig12() { figure fig12_kernel_time "${KERNELS:-$here/../decdec_extension/benchma
 fig14() {
     local limits=(${LIMIT:+--limit "$LIMIT"} ${MAX_GEN_TOKS:+--max-gen-toks "$MAX_GEN_TOKS"} ${DATA:+--data "$DATA"})
     # shellcheck disable=SC2206
-    local tasks=(${TASKS:-bbh_cot_fewshot})
+    local tasks=(${TASKS:-bbh_cot_fewshot${DATA:+_*}})  # local data has the subtasks alone
     measure lm_tasks --model "$original" --tasks "${tasks[@]}" "${limits[@]}" --out "$results/lm_tasks.jsonl"
     for folder in "${folders[@]}"; do
         measure lm_tasks --model "$folder" --k-chunk 0 "${some_k[@]}" --tasks "${tasks[@]}" "${limits[@]}" --out "$results/lm_tasks.jsonl"
@@ -107,16 +107,17 @@ fig16() {
     figure fig16_selection "$rows" "$results/recall.jsonl"
 }
 tuned() {  # NAME GPU...: perplexity and simulated time at the tuner's targets on each GPU
-    local into=$results/$1.jsonl plans=$results/plans
+    local into=$results/$1.jsonl plans=$results/plans targets=${TARGETS:-2.5 5 10 20}
     for folder in "${folders[@]}"; do
-        local made=()
+        local made=() weights
+        weights=$(grep -o '"weights_hash": "[^"]*"' "$folder/config.json")
         for gpu in "${@:2}"; do
-            made+=("$plans/$(basename "$folder")-$gpu.json")
-            [ -f "${made[-1]}" ] && continue
+            made+=("$plans/$(basename "$folder")-$gpu${LAW:+-law}-${targets// /-}.json")
+            grep -qsF "$weights" "${made[-1]}" && continue
             local simulated=("$folder" --simulate "$gpu" ${LAW:+--law} --selection bucket --profile "$plans/$gpu.jsonl")
             "$python" "$tuner/run_profile.py" "${simulated[@]}"
             # shellcheck disable=SC2086
-            "$python" "$tuner/tuner.py" "${simulated[@]}" --target ${TARGETS:-2.5 5 10 20} --out "${made[-1]}"
+            "$python" "$tuner/tuner.py" "${simulated[@]}" --target $targets --out "${made[-1]}"
         done
         measure tuned --model "$folder" --plan "${made[@]}" "${windows[@]}" --out "$into"
     done
@@ -128,15 +129,15 @@ fig18() { tuned others ${OTHERS:-3080 4080S 5080 H100 GH200}; draw fig17_tuned "
 # shellcheck disable=SC2086
 table3() { tuned clients ${CLIENTS:-4090 4080S 4070S 4070M 4050M}; draw table3_tuner "$results/clients.jsonl" --out "$results/table3.md"; }
 residual() {  # FOLDER BITS: residual_BITS.pt in the folder
-    [ -f "$1/residual_$2.pt" ] || "$python" "$setup/cheatsheet.py" "$1" --model "$original" --bits "$2" --out "$1/residual_$2.pt"
+    "$python" "$setup/cheatsheet.py" "$1" --model "$original" --bits "$2" --out "$1/residual_$2.pt"
 }
 table2() {
     narrowest
     local out=(--out "$results/table2.jsonl") wide=()
     for k in "${k_chunks[@]}"; do [ "$k" = 0 ] || wide+=("$k"); done
     for folder in "${narrow[@]}"; do
-        measure perplexity --model "$folder" --k-chunk 0 "${wide[@]}" "${windows[@]}" "${out[@]}"
-        for bits in ${RESIDUAL_BITS:-2 8 16}; do
+        measure perplexity --model "$folder" --k-chunk 0 "${windows[@]}" "${out[@]}"
+        for bits in ${RESIDUAL_BITS:-2 4 8 16}; do
             residual "$folder" $bits
             local same_traffic=()
             for k in "${wide[@]}"; do [ $((k * 4 / bits)) -gt 1024 ] || same_traffic+=($((k * 4 / bits))); done
@@ -153,7 +154,8 @@ case $what in
              echo
              "$python" "$here/table.py" "$rows"
              draw fig13_perplexity "$rows" --out "${rows%.jsonl}.pdf" ;;
-    all) for part in fig4 fig5 fig12 fig13 fig14 fig15 fig16 fig17 fig18 table2 table3 report; do $part; done ;;
+    all) [ -n "${DATA:-}" ] || fig15() { echo "Figure 15 is passed over: it needs DATA" >&2; }
+         for part in fig4 fig5 fig12 fig13 fig14 fig15 fig16 fig17 fig18 table2 table3 report; do $part; done ;;
     fig4|fig5|fig12|fig13|fig14|fig15|fig16|fig17|fig18|table2|table3|report) mkdir -p "$results"; $what ;;
     *) usage ;;
 esac

@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 
 import torch
-from subject import Setting, Subject, add_arguments, add_settings, from_arguments
+from subject import SUBJECT_KEY, Setting, Subject, add_arguments, add_settings, from_arguments
 from tqdm import tqdm
 
 from decdec import hub, models
@@ -31,7 +31,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer (default 1024)")
     parser.add_argument("--compensate-prompt", action="store_true", help="compensate prompts as well")
     parser.add_argument("--out", default="evaluation/results/mt_bench", help="folder of model_answer/ and model_judgment/")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for name in ("limit", "max_new_tokens"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
+    return arguments
 
 
 def read_questions(path: str) -> list[dict]:
@@ -39,6 +43,18 @@ def read_questions(path: str) -> list[dict]:
     if not questions or not all({"question_id", "category", "turns"} <= set(question) for question in questions):
         raise UserError(f"--questions: expected FastChat's question.jsonl, got {path!r}")
     return questions
+
+
+def read_answers(path: Path, setting: dict, max_new_tokens: int) -> set[int]:
+    """The questions that are answered in ``path``; a UserError if they were answered in another setting."""
+    found = read_rows(path)
+    for known in found:
+        wanted = {name: setting[name] for name in (*SUBJECT_KEY, "compensated")} | {"max_new_tokens": max_new_tokens}
+        answered = known["setting"] | {"max_new_tokens": known["max_new_tokens"]}
+        for name, value in wanted.items():
+            if answered.get(name, value) != value:
+                raise UserError(f"--out: {path} holds answers with {name} {answered[name]}, not {value}; give another folder")
+    return {known["question_id"] for known in found}
 
 
 def model_id(subject: Subject, row: dict, setting: Setting, compensate_prompt: bool) -> str:
@@ -51,6 +67,7 @@ def model_id(subject: Subject, row: dict, setting: Setting, compensate_prompt: b
     parts += [setting.selection] if setting.selection not in ("none", "bucket") else []
     parts += [f"r{row['residual_bits']}"] if row["residual_bits"] not in (None, 4) else []
     parts += ["nested"] if row["nested"] else []
+    parts += [f"repair{row['repair'][:6]}"] if row["repair"] else []
     parts += ["prompt"] if setting.k_chunk and compensate_prompt else []
     return "-".join(map(str, parts + ([f"seed{subject.seed}"] if subject.seed else [])))
 
@@ -89,7 +106,7 @@ def main() -> None:
         row["compensated"] = "none" if not setting.k_chunk else "every position" if arguments.compensate_prompt else "generated tokens"
         name = model_id(subject, row, setting, arguments.compensate_prompt)
         path = Path(arguments.out) / "model_answer" / f"{name}.jsonl"
-        answered = {known["question_id"] for known in read_rows(path)}
+        answered = read_answers(path, row, arguments.max_new_tokens)
         for question in tqdm([question for question in questions if question["question_id"] not in answered], desc=name):
             model = model or subject.load()
             if subject.quant is not None:

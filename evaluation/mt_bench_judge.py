@@ -47,7 +47,10 @@ def ask(judge: str, system: str, prompt: str) -> str:
             reply = requests.post(url, json=body, timeout=PATIENCE,
                                   headers={"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '')}"})
             if reply.ok:
-                return reply.json()["choices"][0]["message"]["content"]
+                content = reply.json()["choices"][0]["message"]["content"]
+                if isinstance(content, str):
+                    return content
+                raise TypeError
             problem = f"{reply.status_code} {reply.reason}"
             if reply.status_code not in (408, 409, 429) and reply.status_code < 500:
                 break
@@ -82,8 +85,12 @@ def judge_model(judge: str, path: Path, answers: list[dict], questions: dict, pr
     todo = [(reply, turn) for reply in answers for turn in (1, 2)
             if (reply["question_id"], reply["model_id"], turn) not in known]
     for reply, turn in tqdm(todo, desc=answers[0]["model_id"]):
-        question = questions[reply["question_id"]]
+        question = questions.get(reply["question_id"])
+        if question is None:
+            raise UserError(f"--questions: has no question {reply['question_id']}, which {reply['model_id']} answered")
         reference = references.get(question["question_id"]) if question["category"] in NEED_REFERENCE else None
+        if reference is None and question["category"] in NEED_REFERENCE:
+            raise UserError(f"--references: has no answer to question {question['question_id']}")
         name, system, prompt = build_prompt(prompts, question, reply["choices"][0]["turns"], reference, turn)
         judgment = ask(judge, system, prompt)
         append_row(path, {"question_id": question["question_id"], "model": reply["model_id"], "judge": [judge, name],
@@ -110,13 +117,12 @@ def main() -> None:
     if "single-v1" not in prompts:
         raise UserError(f"--prompts: expected FastChat's judge_prompts.jsonl, got {arguments.prompts!r}")
     references = {row["question_id"]: row["choices"][0]["turns"] for row in read_rows(arguments.references)}
-    files = sorted((Path(arguments.folder) / "model_answer").glob("*.jsonl"))
-    if not files:
+    by_model = [answers for file in sorted((Path(arguments.folder) / "model_answer").glob("*.jsonl")) if (answers := read_rows(file))]
+    if not by_model:
         raise UserError(f"folder: expected one with model_answer/*.jsonl, got {arguments.folder!r}")
     path = Path(arguments.folder) / "model_judgment" / f"{judge.replace('/', '_')}_single.jsonl"
     rows = Rows(arguments.out, KEY)
-    for file in files:
-        answers = read_rows(file)
+    for answers in by_model:
         judge_model(judge, path, answers, questions, prompts, references)
         row = mean_row(judge, path, answers)
         if rows.find(row) is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from decdec import hub, models, text
-from decdec.errors import UserError, run
+from decdec.errors import run
 
 # What makes two rows the same measurement.
 KEY = (*SUBJECT_KEY, "text_hash", "windows", "window_length")
@@ -29,12 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, help="number of windows (default all)")
     parser.add_argument("--length", type=int, help="tokens a window (default 2048, or the model's context if shorter)")
     parser.add_argument("--out", default="evaluation/results/perplexity.jsonl", help="JSON-lines file the rows go to")
-    arguments = parser.parse_args()
-    for name in ("windows", "length"):
-        value = getattr(arguments, name)
-        if value is not None and value < (2 if name == "length" else 1):
-            raise UserError(f"--{name}: expected a positive number, got {value}")
-    return arguments
+    return parser.parse_args()
 
 
 @torch.inference_mode()
@@ -53,7 +48,7 @@ def main() -> None:
     arguments = parse_arguments()
     subject = from_arguments(arguments)
     evaluation = text.load_text(arguments.text, "evaluation")
-    length = arguments.length or min(2048, models.context_length(arguments.model))
+    length = min(2048, models.context_length(arguments.model)) if arguments.length is None else arguments.length
     ids = text.windows(evaluation, models.load_tokenizer(arguments.model), length, arguments.windows)
     settings = subject.settings(arguments.selection, arguments.k_chunk)
     rows = Rows(arguments.out, KEY)

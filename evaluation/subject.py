@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 import decdec
-from decdec import artifacts, hub, models
-from decdec.errors import UserError
-from decdec.files import append_row, read_json, read_rows
+from decdec import artifacts, hub, models, text
+from decdec.errors import UserError, check_device
+from decdec.files import append_row, config_hash, read_json, read_rows
 from decdec.compensated import SELECTIONS, Compensation
 
 # What tells two subjects and their compensation apart, in the key of every measurement.
 SUBJECT_KEY = ("model", "weights_hash", "method", "bits", "selection", "k_chunk", "residual_bits", "nested", "repair", "dtype",
-               "seed")
+               "seed", "thresholds")
+CALIBRATED = ("bucket", "static")  # the selections that take thresholds.pt
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,13 @@ class Subject:
 
     def describe(self, bench: str) -> dict:
         """The part of a row that all settings of a run share."""
-        row = {"bench": bench, "model": Path(self.source).name}
+        row = {"bench": bench}
         if self.quant is None:
-            row |= {"method": "original", "bits": 16, "group_size": None, "weights_hash": None}
+            row |= {"model": Path(self.source).resolve().name, "method": "original", "bits": 16, "group_size": None,
+                    "weights_hash": models.original_hash(models.local_folder(self.source))}
         else:
             bits = sorted({self.quant.bits, *self.quant.layer_bits.values()})
-            row |= {"model": Path(self.quant.base_model).name, "method": self.quant.method, "bits": bits[0] if len(bits) == 1 else bits,
+            row |= {"model": Path(models.original_of(self.source, self.quant.base_model)).resolve().name, "method": self.quant.method, "bits": bits[0] if len(bits) == 1 else bits,
                     "group_size": self.quant.group_size, "weights_hash": self.quant.weights_hash}
         cuda = self.device.startswith("cuda")
         repair = artifacts.load_repair(Path(self.source) / artifacts.REPAIR, self.quant) if self.repair else None
@@ -88,8 +90,16 @@ class Subject:
         """For every setting the part of its row that says what was compensated with what."""
         residual = self.residual() if any(setting.k_chunk for setting in settings) else {}
         none = {"residual_bits": None, "nested": None}
+        calibrated = any(setting.selection in CALIBRATED for setting in settings)
+        thresholds = self.thresholds_hash() if calibrated else None
         return [self.describe(bench) | {"selection": setting.selection, "k_chunk": setting.k_chunk,
+                                        "thresholds": thresholds if setting.selection in CALIBRATED else None,
                                         **(residual if setting.k_chunk else none)} for setting in settings]
+
+    def thresholds_hash(self) -> str:
+        """What the folder's thresholds were calibrated on."""
+        thresholds = artifacts.load_thresholds(Path(self.source) / artifacts.THRESHOLDS, self.quant)
+        return config_hash(text.calibration_identity(thresholds.calibration))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,8 +124,7 @@ def from_arguments(arguments: argparse.Namespace) -> Subject:
     for k_chunk in getattr(arguments, "k_chunk", ()):
         if not 0 <= k_chunk <= 1024:
             raise UserError(f"--k-chunk: expected 0..1024, got {k_chunk}")
-    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device: no GPU is visible to torch; use cpu")
+    check_device(arguments.device)
     dtype = arguments.dtype or ("float16" if arguments.device.startswith("cuda") else "float32")
     models.check_source(arguments.model)
     folder = Path(arguments.model)

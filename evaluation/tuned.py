@@ -8,6 +8,7 @@ already is not measured again.
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from perplexity import perplexity
@@ -77,24 +78,26 @@ def points(plan: Plan) -> list[tuple[dict, Tuned | None]]:
 
 def main() -> None:
     arguments = parse_arguments()
-    subject = folder_from_arguments(arguments)
-    plans = [load_plan(path, subject.quant) for path in arguments.plan or [Path(arguments.model) / PLAN]]
+    folder = folder_from_arguments(arguments)
+    plans = [load_plan(path, folder.quant) for path in arguments.plan or [Path(arguments.model) / PLAN]]
     evaluation = text.load_text(arguments.text, "evaluation")
-    length = arguments.length or min(2048, models.context_length(arguments.model))
+    length = min(2048, models.context_length(arguments.model)) if arguments.length is None else arguments.length
     ids = text.windows(evaluation, models.load_tokenizer(arguments.model), length, arguments.windows)
-    base, some = subject.compensated_rows("tuned", [Setting(), Setting("bucket", 1)])
     rows = Rows(arguments.out, KEY)
     same = {}  # GPUs whose plans choose alike share a perplexity
     model = None
     for plan in plans:
+        subject = replace(folder, repair=plan.repair)
+        base, some = subject.compensated_rows("tuned", [Setting(), Setting(plan.selection, 1, plan.repair)])
+        base |= {"repair": None, "repair_settings": None}  # a plan repairs no layer that it does not compensate
         for point, tuned in points(plan):
-            row = (some | {"selection": plan.selection} if tuned else base) | point | {
+            row = (some if any_channel(tuned) else base) | point | {
                 "text": evaluation.name, "text_hash": evaluation.hash, "windows": len(ids), "window_length": length,
                 "compensated": "every position" if any_channel(tuned) else "none"}
             known = rows.find(row)
             if known is None:
                 start = time.monotonic()
-                choice = (row["selection"], str(point["k_chunk"]))
+                choice = (row["selection"], row["repair"], str(point["k_chunk"]))
                 if choice not in same:
                     model = model or subject.load()
                     if any_channel(tuned):

@@ -9,6 +9,20 @@ class UserError(Exception):
     """Bad input: one line that names the argument, what was expected and what came."""
 
 
+def check_device(device: str) -> None:
+    """Refuse what is no device, or a GPU that torch does not see."""
+    import torch
+
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise UserError(f"device: expected cpu, cuda or cuda:NUMBER, got {device!r}")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device: torch sees {torch.cuda.device_count()} GPUs, got {device!r}; use cpu")
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's ``main``; a user's mistake, a full disk or GPU, or Ctrl-C ends in one line on stderr and a non-zero
     exit."""

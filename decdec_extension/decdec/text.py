@@ -124,6 +124,11 @@ def _file(path: Path) -> Text:
     return Text(path.name, documents)
 
 
+def calibration_identity(calibration: dict) -> dict:
+    """What tells one calibration from another: not the text's name, which says without a network less than with one."""
+    return {key: value for key, value in calibration.items() if key != "text"}
+
+
 def tokenize(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Token ids of the joined text, int64 ``(tokens,)``, without special tokens inside (a model's own BOS first, if it has one)."""
     return tokenizer(text.joined, return_tensors="pt", verbose=False).input_ids[0]
@@ -155,6 +160,8 @@ def calibration_samples(text: Text, tokenizer: PreTrainedTokenizerBase, samples:
     """
     _at_least(1, "samples", samples)
     _at_least(2, "length", length)
+    if not -2**63 <= seed < 2**63:
+        raise UserError(f"seed: expected an integer of at most 64 bits, got {seed}")
     # The whole of a fast tokenizer, its vocabulary and special tokens included, is this one string.
     content = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest() if tokenizer.is_fast else None
     key = config_hash({"tokenizer": content, "text": text.hash, "samples": samples, "length": length, "seed": seed,

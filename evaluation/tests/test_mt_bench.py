@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -7,10 +8,11 @@ from pathlib import Path
 
 import mt_bench_judge
 import pytest
-from mt_bench_answer import TEMPERATURE, answer
+from mt_bench_answer import TEMPERATURE, answer, model_id, read_answers
+from subject import SUBJECT_KEY, Setting, Subject
 from tiny_data import QUESTIONS
 
-from decdec import models
+from decdec import artifacts, models
 from decdec.errors import UserError
 from decdec.files import read_rows
 
@@ -127,6 +129,48 @@ def test_maths_is_judged_with_the_reference(data):
     name, _, prompt = mt_bench_judge.build_prompt(prompts, QUESTIONS[1], ["five", "ten"], ["5", "10"], 2)
     assert name == "single-math-v1-multi-turn" and prompt.splitlines() == ["5", "10", "What is 2 + 3?", "five", "And twice that?", "ten"]
     assert mt_bench_judge.build_prompt(prompts, QUESTIONS[0], ["a", "b"], None, 1)[0] == "single-v1"
+
+
+def put_answers(folder, *rows):
+    (folder / "model_answer").mkdir(parents=True, exist_ok=True)
+    (folder / "model_answer/m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_what_cannot_be_judged_is_told(judge, data, tmp_path, monkeypatch):
+    reply = {"question_id": 99, "model_id": "m", "choices": [{"index": 0, "turns": ["a", "b"]}], "setting": {}, "max_new_tokens": 8}
+    put_answers(tmp_path)
+    with pytest.raises(UserError, match="folder: expected one with"):
+        run_judge(monkeypatch, tmp_path, data, tmp_path / "scores.jsonl")
+    put_answers(tmp_path, reply)
+    with pytest.raises(UserError, match="--questions: has no question 99, which m answered"):
+        run_judge(monkeypatch, tmp_path, data, tmp_path / "scores.jsonl")
+    put_answers(tmp_path, reply | {"question_id": QUESTIONS[0]["question_id"]})
+    judge.text = None
+    with pytest.raises(UserError, match="an answer that is not in OpenAI's form"):
+        run_judge(monkeypatch, tmp_path, data, tmp_path / "scores.jsonl")
+    put_answers(tmp_path, reply | {"question_id": QUESTIONS[1]["question_id"]})
+    bare = tmp_path / "data/mt_bench"
+    shutil.copytree(data / "mt_bench", bare)
+    (bare / "reference_answer/gpt-4.jsonl").write_text("")
+    with pytest.raises(UserError, match="--references: has no answer to question"):
+        run_judge(monkeypatch, tmp_path, bare.parent, tmp_path / "scores.jsonl")
+
+
+def test_answers_of_other_settings_are_not_taken(tmp_path):
+    setting = dict.fromkeys((*SUBJECT_KEY, "compensated"), "s") | {"repair": None}
+    put_answers(tmp_path, {"question_id": 1, "setting": setting | {"torch": "2"}, "max_new_tokens": 8})
+    path = tmp_path / "model_answer/m.jsonl"
+    assert read_answers(path, setting | {"torch": "3"}, 8) == {1} and read_answers(tmp_path / "none", setting, 8) == set()
+    for change, tokens in (({"weights_hash": "other"}, 8), ({}, 16)):
+        with pytest.raises(UserError, match="--out: .* holds answers with"):
+            read_answers(path, setting | change, tokens)
+
+
+def test_the_name_tells_a_repair(folder):
+    subject = Subject(str(folder), artifacts.read_quant_config(folder), None, "float32", "cpu", 0)
+    row = subject.compensated_rows("mt_bench", [Setting()])[0]
+    assert model_id(subject, row, Setting(), False) == "tiny-rtn-w3-k0"
+    assert model_id(subject, row | {"repair": "0123456789"}, Setting(repair=True), False) == "tiny-rtn-w3-k0-repair012345"
 
 
 @pytest.mark.parametrize(("judgment", "score"), [("Rating: [[8]]", 8), ("[[7.5]] good", 7.5), ("[6]", 6), ("no rating", -1)])

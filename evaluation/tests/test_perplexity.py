@@ -1,15 +1,20 @@
+import argparse
 import math
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from subject import SUBJECT_KEY, Setting, from_arguments
 
-from decdec import models, text
+from decdec import artifacts, models, text
 from decdec.files import read_rows
 from decdec.testing import refused, run_script
+from decdec.tiny import make_model
 
 ROOT = Path(__file__).parents[2]
 SHORT = ("--text", "pydoc", "--windows", 2, "--length", 64)
@@ -97,13 +102,38 @@ def test_selections_differ_and_say_so(folder, tmp_path):
     (("--k-chunk", "1025"), "--k-chunk: expected 0..1024, got 1025"),
     (("--text", "no-such-file.txt"), "got 'no-such-file.txt'"),
     (("--windows", "100000"), "windows of 64 need"),
-    (("--windows", "0"), "--windows: expected a positive number, got 0"),
+    (("--windows", "0"), "windows: expected 1 or more, got 0"),
+    (("--length", "0"), "length: expected 2 or more, got 0"),
+    (("--device", "gpu"), "device: expected cpu, cuda"),
     (("--cheatsheet", "no-such-file.pt", "--k-chunk", "8"), "no-such-file.pt: no such file"),
 ])
 def test_bad_input_ends_in_one_line(folder, tmp_path, arguments, message):
     out = tmp_path / "rows.jsonl"
     assert message in refused(measure(out, folder, *arguments))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_tell_originals_and_calibrations_apart_that_share_a_name(original, folder, tmp_path, monkeypatch):
+    def key(source, *settings):
+        subject = from_arguments(argparse.Namespace(model=str(source), cheatsheet=None, dtype=None, device="cpu", seed=0))
+        return [{name: row[name] for name in SUBJECT_KEY} for row in subject.compensated_rows("perplexity", list(settings))]
+
+    other = make_model(tmp_path / original.name, seed=1)
+    (mine,), (another,) = key(original, Setting()), key(other, Setting())
+    assert mine["model"] == another["model"] and mine["weights_hash"] != another["weights_hash"]
+    monkeypatch.chdir(original)
+    assert key(".", Setting()) == [mine]
+    recalibrated = tmp_path / folder.name
+    shutil.copytree(folder, recalibrated)
+    quant = artifacts.read_quant_config(folder)
+    thresholds = artifacts.load_thresholds(folder / artifacts.THRESHOLDS, quant)
+    settings = [Setting(), *(Setting(selection, 8) for selection in ("bucket", "exact", "static"))]
+    for change, same in (({"text": "another name"}, [True] * 4), ({"seed": 1}, [True, False, True, False])):
+        changed = replace(thresholds, calibration=thresholds.calibration | change)
+        artifacts.save_thresholds(recalibrated / artifacts.THRESHOLDS, changed, quant)
+        names = ("weights_hash", "selection", "thresholds")
+        pairs = zip(key(folder, *settings), key(recalibrated, *settings), strict=True)
+        assert [all(a[name] == b[name] for name in names) for a, b in pairs] == same
 
 
 def test_an_original_model_cannot_be_compensated(original, tmp_path):

@@ -1,5 +1,6 @@
 """Every command of the README, in its tiny form."""
 
+import json
 import os
 import re
 import shlex
@@ -22,10 +23,47 @@ SHORT = {"perplexity.py": "--text pydoc --windows 1 --length 64", "lm_tasks.py":
 
 def test_each_figure_has_its_line_and_all_makes_them(everything):
     script = (ROOT / "evaluation/evaluate.sh").read_text(encoding="utf-8")
-    assert FIGURES == re.search(r"all\) for part in (.*) report; do", script).group(1).split()
+    assert FIGURES == re.search(r"for part in (.*) report; do", script).group(1).split()
     assert {f"evaluation/evaluate.sh {name} ORIGINAL FOLDER" for name in [*FIGURES, "all", "report"]} <= set(COMMANDS)
     made = {re.sub(r"\D", "", path.stem.split("_")[0]).lstrip("0") for path in everything.iterdir() if path.suffix in (".png", ".md")}
     assert made >= {re.sub(r"\D", "", name) for name in FIGURES}  # every one was made by `all`, through the same function
+
+
+def scripts_of(what, folder, tmp_path, **environment):
+    """The command lines of ``evaluate.sh WHAT`` with an interpreter that does nothing but keep them."""
+    log, python = tmp_path / "log", tmp_path / "python"
+    log.write_text("")
+    python.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
+    python.chmod(0o755)
+    result = subprocess.run([ROOT / "evaluation/evaluate.sh", what, "original", folder], capture_output=True, text=True,
+                            env={"PATH": os.environ["PATH"], "PYTHON": str(python), "RESULTS": str(tmp_path / "results")} | environment)
+    assert result.returncode == 0, result.stderr
+    return [f"{Path(script).name} {rest}" for script, _, rest in (line.partition(" ") for line in log.read_text().splitlines())], result.stderr
+
+
+def test_all_without_data_passes_over_figure_15_alone(tmp_path, folder):
+    lines, said = scripts_of("all", folder, tmp_path)
+    assert "Figure 15 is passed over" in said and lines[-1].startswith("report.py") and not any("mt_bench" in line for line in lines)
+    assert any(line.startswith("lm_tasks.py") and "--tasks bbh_cot_fewshot --out" in line for line in lines)
+    lines, _ = scripts_of("fig14", folder, tmp_path, DATA="data")
+    assert all("--tasks bbh_cot_fewshot_* --data data" in line for line in lines if line.startswith("lm_tasks.py"))
+
+
+def test_plans_and_residuals_are_asked_for_unless_they_are_of_these_weights(tmp_path, folder):
+    environment = {"CLIENTS": "4050M", "TARGETS": "5 10"}
+    plan = tmp_path / "results/plans/tiny-rtn-w3-4050M-5-10.json"
+    plan.parent.mkdir(parents=True)
+    made = []
+    weights = json.loads((folder / "config.json").read_text())["quantization_config"]["weights_hash"]
+    for content in ("other", weights):
+        plan.write_text(json.dumps({"weights_hash": content}, indent=2))
+        made.append(any(line.startswith("tuner.py") for line in scripts_of("fig17", folder, tmp_path, **environment)[0]))
+    assert made == [True, False]
+    assert any(line.startswith("tuner.py") and f"{plan.stem[:-5]}-law-5-10.json" in line
+               for line in scripts_of("fig17", folder, tmp_path, LAW="1", **environment)[0])
+    lines, _ = scripts_of("table2", folder, tmp_path)
+    assert [bits for bits in (2, 4, 8, 16) if any(line.startswith("cheatsheet.py") and f"--bits {bits} " in line for line in lines)] \
+        == [2, 4, 8, 16]
 
 
 @pytest.mark.parametrize("name", ["fig12", "report"])
@@ -49,7 +87,7 @@ def test_perplexity_alone(everything, original, folder):
 @pytest.mark.parametrize("command", SCRIPTS)
 def test_a_script(everything, folder, data, tmp_path, command):
     bench = shutil.copytree(everything / "mt_bench", tmp_path / "mt_bench")  # answers are added to it
-    places = {"FOLDER": folder, "DATA": data, "MT": bench, "PLAN": everything / "plans/tiny-rtn-w3-4050M.json",
+    places = {"FOLDER": folder, "DATA": data, "MT": bench, "PLAN": everything / "plans/tiny-rtn-w3-4050M-50-400.json",
               "ROWS": everything.with_name(f"{everything.name}.jsonl"), "gpt-4o_single": "stand-in_single", "wikitext": "pydoc",
               "evaluation": ROOT / "evaluation"}
     words = shlex.split(re.sub(rf"\b({'|'.join(places)})\b", lambda match: str(places[match.group()]), command))
