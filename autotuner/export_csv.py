@@ -16,7 +16,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if not Path(arguments.rows).is_file():
         raise UserError(f"rows: {arguments.rows}: no such file")
-    rows = [row for row in read_rows(arguments.rows) if arguments.what in (None, row.get("what"))]
+    rows = read_rows(arguments.rows)
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"rows: {arguments.rows}: expected JSON objects, one a line")
+    rows = [row for row in rows if arguments.what in (None, row.get("what"))]
     if not rows:
         raise UserError(f"rows: {arguments.rows}: has no rows" + f" of kind {arguments.what}" * bool(arguments.what))
     writer = csv.DictWriter(sys.stdout, list(dict.fromkeys(key for row in rows for key in row)))

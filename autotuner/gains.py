@@ -21,9 +21,9 @@ from shapes import Layer
 from torch import Tensor
 
 from decdec import artifacts
-from decdec.artifacts import QuantConfig, Thresholds
+from decdec.artifacts import Cheatsheet, QuantConfig, Thresholds
 from decdec.errors import UserError
-from decdec.files import open_safetensors
+from decdec.files import config_hash, open_safetensors, tensors_hash
 from decdec.models import block_of, layer_kind
 from decdec.reference import CHUNK, chunk_counts
 
@@ -38,7 +38,9 @@ def read_gains(folder: str | Path, layers: Iterable[Layer]) -> tuple[dict[Layer,
     folder = Path(folder)
     quant = artifacts.read_quant_config(folder)
     if (folder / GAINS).is_file():
-        by_name, unit = _measured(folder / GAINS, quant), MEASURED
+        sheet = folder / artifacts.CHEATSHEET
+        by_name = _measured(folder / GAINS, quant, artifacts.load_cheatsheet(sheet, quant) if sheet.is_file() else None)
+        unit = MEASURED
     elif (folder / artifacts.THRESHOLDS).is_file():
         by_name, unit = _derived(artifacts.load_thresholds(folder / artifacts.THRESHOLDS, quant)), DERIVED
     else:
@@ -92,13 +94,24 @@ def config_of(path: Path) -> str | None:
         return None
 
 
-def _measured(path: Path, quant: QuantConfig) -> dict[str, Tensor]:
+def sheet_identity(sheet: Cheatsheet) -> str:
+    """Hash of the residuals that gains are measured for. Of the rows, which may be gigabytes, norms and scales tell."""
+    scales = {f"{name}.scale": scale for name, scale in sheet.scale.items() if scale is not None}
+    scales |= {f"{name}.row_scale": scale for name, scale in sheet.row_scale.items()}
+    return config_hash({"bits": sheet.bits, "nested": sheet.nested, "repair": sheet.repair, "norms": sheet.norms,
+                        "scales": tensors_hash(sorted(scales.items()))})
+
+
+def _measured(path: Path, quant: QuantConfig, sheet: Cheatsheet | None) -> dict[str, Tensor]:
     with open_safetensors(path) as file:
-        weights_hash = (file.metadata() or {}).get("weights_hash")
+        metadata = file.metadata() or {}
+        weights_hash = metadata.get("weights_hash")
         gains = {name: file.get_tensor(name) for name in file.keys()}
     if weights_hash != quant.weights_hash:
         raise UserError(f"{path}: measured for weights {weights_hash}, but the folder's are {quant.weights_hash}; "
                         "run measure_gains.py again")
+    if sheet is not None and metadata.get("sheet") != sheet_identity(sheet):
+        raise UserError(f"{path}: measured for other residuals than {artifacts.CHEATSHEET} holds; run measure_gains.py again")
     if wrong := [name for name, gain in gains.items() if gain.shape != (CHUNK + 1,)]:
         raise UserError(f"{path}: {wrong[0]}: expected {CHUNK + 1} entries, got shape {tuple(gains[wrong[0]].shape)}")
     return gains

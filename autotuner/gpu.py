@@ -105,8 +105,10 @@ def facts() -> dict:
     found = {"torch": torch.__version__, "cuda": torch.version.cuda}
     fields = ("driver_version", "pcie.link.gen.current", "pcie.link.width.current", "clocks.sm", "clocks.mem")
     if shutil.which("nvidia-smi"):
+        # By its id: nvidia-smi counts all GPUs, torch those that CUDA_VISIBLE_DEVICES leaves.
+        gpu = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
         answer = subprocess.run(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits",
-                                 f"--id={torch.cuda.current_device()}"], capture_output=True, text=True)
+                                 f"--id=GPU-{gpu}"], capture_output=True, text=True)
         if answer.returncode == 0:
             found |= dict(zip(fields, answer.stdout.strip().split(", ")))
     return found

@@ -63,8 +63,7 @@ def main() -> None:
     parser.add_argument("--target", type=float, nargs="+", default=[2.5, 5, 10, 20], metavar="PERCENT",
                         help="slow-downs around whose answers points are dense (default 2.5 5 10 20)")
     arguments = parser.parse_args()
-    if min(arguments.target) <= 0:
-        raise UserError(f"target: expected percentages above 0, got {min(arguments.target):g}")
+    sessions.check_targets(arguments.target)
     shapes = sessions.model_shapes(arguments)
     for sms in arguments.sms or [None]:
         profile(arguments, shapes.layers, sms, read_profile(arguments.profile, missing_ok=True))

@@ -2,6 +2,8 @@
 profile."""
 
 import argparse
+import math
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -52,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="with the folder's static repair in every layer that is compensated, which takes its time too")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of activations (default float16)")
     parser.add_argument("--profile", required=True, metavar="FILE", help="JSON-lines file of measured times")
+
+
+def check_targets(percents: Sequence[float]) -> None:
+    if wrong := [percent for percent in percents if not 0 < percent < math.inf]:
+        raise UserError(f"target: expected finite percentages above 0, got {wrong[0]:g}")
 
 
 def model_shapes(arguments: argparse.Namespace, each_block: bool = False) -> Shapes:

@@ -95,6 +95,8 @@ def from_folder(folder: str | Path, each_block: bool = False, repair: bool = Fal
         model = AutoModelForCausalLM.from_config(config)
     fused = defaultdict(list)
     for name, linear in decoder_linears(model).items():
+        if name in quant.dense:  # left unquantized by import_checkpoint.py: nothing to compensate
+            continue
         fused[block_of(name), layer_kind(name), quant.bits_of(name)].append(linear)
     ranks = Counter()
     for name, found in artifacts.load_repair(Path(folder) / artifacts.REPAIR, quant).layers.items() if repair else ():

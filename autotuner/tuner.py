@@ -127,8 +127,9 @@ def main() -> None:
     parser.add_argument("--out", help=f"plan to write (default {plan.PLAN} in the folder)")
     parser.add_argument("--rows", metavar="FILE", help="also append one JSON line for each target and kind of layer")
     arguments = parser.parse_args()
-    if min(arguments.target) <= 0:
-        raise UserError(f"target: expected percentages above 0, got {min(arguments.target):g}")
+    sessions.check_targets(arguments.target)
+    if arguments.saved and (arguments.simulate is not None or arguments.law):
+        raise UserError("saved: tunes for the GPU of the profile's rows: it does not go with --simulate and --law")
     if arguments.timer and arguments.sms:
         raise UserError("timer: measures whole tokens on the whole GPU: it does not go with --sms")
     if arguments.out is None and arguments.model is None:

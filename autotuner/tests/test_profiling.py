@@ -95,6 +95,14 @@ def test_the_coarse_profile_finds_what_a_full_one_finds(tmp_path):
             assert abs(found[layer].k_chunk - best[layer].k_chunk) <= 2, (layer, found[layer], best[layer])
 
 
+def test_a_base_time_above_the_laws_reaches_further():
+    """A base GEMV as long as the link takes for 100 channels: its coarse points go on to 200."""
+    layer = LAYERS[0]
+    base_us = 100 * layer.residual_bytes(1024) / 1024 / (25 * 1e3)
+    points = coarse_points(layer, base_us, 500, 25, 30)
+    assert sorted({k for _, k in points}) == [1, 12, 25, 50, 75, 100, 150, 200]
+
+
 def test_a_slow_n_tb_is_not_followed(tmp_path):
     class Bar:
         seen = 0

@@ -1,7 +1,9 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import analytic
 import export_csv
@@ -10,10 +12,12 @@ import fig12_normalised_time
 import measure_gains
 import pytest
 import run_profile
+import simulated
 import table3
 import torch
 import tuner
-from gains import DERIVED, GAINS, MEASURED, NORMAL, diminishing, of_normal_inputs, read_gains
+from datasheet import Sheet
+from gains import DERIVED, GAINS, MEASURED, NORMAL, _derived, diminishing, of_normal_inputs, read_gains, sheet_identity
 from measure_gains import at_k_chunk, removed_by_rank
 from profiling import coarse_points
 from safetensors.torch import save_file
@@ -22,7 +26,7 @@ from shapes import from_folder, random_weights
 from timings import Conditions, Timings, timing_row
 
 from decdec import hub
-from decdec.artifacts import read_quant_config
+from decdec.artifacts import Thresholds, load_cheatsheet, read_quant_config, save_cheatsheet
 from decdec.errors import UserError
 from decdec.files import append_row, read_rows
 from decdec.linear import Compensation
@@ -170,11 +174,38 @@ def test_the_whole_stage_on_a_folder_and_its_plan_is_refused_elsewhere(call, fol
     assert "is there already" in call(measure_gains, folder, "--text", "pydoc", "--samples", 2)
 
 
+def test_gains_of_other_residuals_are_not_taken(call, folder, tmp_path):
+    for file in folder.iterdir():
+        if file.name not in ("cheatsheet.pt", GAINS):
+            (tmp_path / file.name).symlink_to(file)
+    quant = read_quant_config(folder)
+    sheet = load_cheatsheet(folder / "cheatsheet.pt", quant)
+    measured = (measure_gains, tmp_path, "--text", "pydoc", "--samples", 1, "--length", 32)
+    for changed in (sheet, replace(sheet, scale={name: 2 * scale for name, scale in sheet.scale.items()}),
+                    replace(sheet, bits=2, nested=True)):
+        save_cheatsheet(tmp_path / "cheatsheet.pt", changed, quant)
+        if (tmp_path / GAINS).exists():
+            with pytest.raises(UserError, match="measured for other residuals"):
+                read_gains(tmp_path, from_folder(folder).layers)
+        if not changed.nested:  # whose rows would have to be others too
+            assert "wrote" in call(*measured) and "is there already" in call(*measured)
+            assert read_gains(tmp_path, from_folder(folder).layers)[1] == MEASURED
+
+
+def test_layers_that_an_import_left_dense_are_not_tuned(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["dense"] = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert {layer.kind: layer.count for layer in from_folder(tmp_path).layers} == {"qkv": 2, "o": 2, "gu": 1, "d": 1}
+
+
 def test_each_block_by_itself(call, folder, tmp_path):
     """Blocks whose channels are worth more get more; the plan reaches each block's layers."""
     gains = {name: torch.linspace(0, 1, 1025) * (1 if ".0." in name else 100)
              for name in hub.compensated_layers(hub.load(folder))}
-    save_file(gains, tmp_path / GAINS, {"weights_hash": read_quant_config(folder).weights_hash})
+    quant = read_quant_config(folder)
+    sheet = sheet_identity(load_cheatsheet(folder / "cheatsheet.pt", quant))
+    save_file(gains, tmp_path / GAINS, {"weights_hash": quant.weights_hash, "sheet": sheet})
     for file in ("config.json", "model.safetensors", "cheatsheet.pt", "thresholds.pt"):
         (tmp_path / file).symlink_to(folder / file)
     simulated = (tmp_path, "--simulate", "4050M", "--law", "--profile", tmp_path / "rows")
@@ -229,6 +260,52 @@ def test_gains_without_gradients_come_from_thresholds(folder):
         (folder / GAINS).write_bytes(kept)
 
 
+def test_gains_of_thresholds_by_hand():
+    """Of energy 10 the largest |x| are taken to carry 6.4, 1.6, 1.6 and 0.4, each on a row of energy 1.7; of an output of 100."""
+    seen = Thresholds({}, {"a": torch.tensor([4.0, 2, 2, 1])}, {"a": torch.tensor([1.0, 2, 3, 4])},
+                      {"a": torch.tensor([1.0, 1, 2, 2])}, {"a": torch.tensor(100.0)})
+    assert _derived(seen)["a"][[0, 256, 512, 1024]].tolist() == pytest.approx([0, 0.064 * 1.7, 0.08 * 1.7, 0.1 * 1.7])
+
+
+def test_one_channel_removes_half_of_its_slope():
+    by_rank, = removed_by_rank(torch.tensor([[1.0, -3.0]]), torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 5.0]]))
+    assert by_rank.tolist() == [7.5, -1]  # -1/2 x_c g.R_c, the larger |x| first
+
+
+def test_a_simulated_gpu_reaches_its_shares_of_memory_and_link():
+    rates = simulated.simulated_rates(Sheet("made up", 1000, 100, 20))
+    assert (rates.dram_gb_s, rates.link_gb_s, rates.sms) == (pytest.approx(880), pytest.approx(78), 20)
+
+
+def test_the_rest_of_a_token_is_what_the_linear_layers_leave():
+    arguments, session = SimpleNamespace(scope="end-to-end"), SimpleNamespace(device=Device("made up", 20))
+    assert tuner.rest_us(arguments, 2.0, None, session, 1500.0) == 500.0
+
+
+def test_facts_are_of_the_gpu_that_torch_counts(monkeypatch):
+    import gpu  # here, since it loads CUDA ops
+
+    asked = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1234-ab"))
+    monkeypatch.setattr(gpu.shutil, "which", lambda _: "/bin/nvidia-smi")
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **_: asked.append(command) or SimpleNamespace(
+        returncode=0, stdout="580.1, 5, 16, 1980, 2619\n"))
+    assert gpu.facts()["driver_version"] == "580.1" and "--id=GPU-1234-ab" in asked[0]
+
+
+def test_rows_that_are_no_objects_are_refused(call, tmp_path):
+    (tmp_path / "rows").write_text("[1]\n")
+    with pytest.raises(UserError, match="expected JSON objects"):
+        call(export_csv, tmp_path / "rows")
+
+
+@pytest.mark.parametrize("arguments, says", [(("--seed", 2**64), "seed"), (("--length", 24), "length"), (("--samples", 0), "samples")])
+def test_gains_of_wrong_numbers_are_refused(call, folder, arguments, says):
+    with pytest.raises(UserError, match=says):
+        call(measure_gains, folder, "--text", "pydoc", *arguments)
+
+
 def test_removed_loss_is_that_of_a_quadratic():
     """For a loss 1/2 |o - target|^2 whose whole error is R x, compensating everything removes all of it; and ranks are
     by |x| in each chunk."""
@@ -269,7 +346,8 @@ def test_returns_diminish():
     (("--random-weights", "llama-3-8b", "--simulate", "9999"), "simulate: expected one of 4090"),
     (("--random-weights", "llama-3-8b", "--law"), "law: only a simulation"),
     (("nowhere", "--simulate", "4090"), "no such file"),
-    (("--random-weights", "llama-3-8b", "--simulate", "4090", "--target", "0"), "target")])
+    *((("--random-weights", "llama-3-8b", "--simulate", "4090", "--target", percent), "target: expected finite")
+      for percent in ("0", "inf", "nan"))])
 def test_profile_refusals(call, tmp_path, arguments, says):
     with pytest.raises(UserError, match=says):
         call(run_profile, *arguments, "--profile", tmp_path / "rows")
@@ -291,7 +369,8 @@ def test_no_gpu_is_one_line(tmp_path):
     (("--scope", "end-to-end", "--timer", "no-such-command"), "no-such-command' cannot be run"),
     (("--scope", "end-to-end", "--timer", "true"), "'true' ended, or answered with"),
     (("--scope", "end-to-end", "--timer", "cat"), "something else than a line of JSON with base_ms"),
-    (("--target", "-1"), "target")])
+    (("--saved",), "saved: tunes for the GPU of the profile's rows"),
+    *((("--target", percent), "target: expected finite") for percent in ("-1", "inf", "nan"))])
 def test_tuner_refusals(call, profile, tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("not rows")
