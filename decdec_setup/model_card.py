@@ -1,5 +1,6 @@
 """The README.md of a quantized folder: what it is, how it was made, how to run it."""
 
+import re
 from pathlib import Path
 
 from decdec.artifacts import QuantConfig
@@ -13,13 +14,15 @@ def quantize_command(quant: QuantConfig) -> str:
     """The command that made the base weights, as far as their config tells it."""
     calibration = quant.calibration
     if "imported_from" in calibration:
-        return f"python decdec_setup/import_checkpoint.py {calibration['imported_from']} FOLDER --model {quant.base_model}"
+        original = f" --model {quant.base_model}" if "original" in calibration else ""  # else the base model is the checkpoint itself
+        return f"python decdec_setup/import_checkpoint.py {calibration['imported_from']} FOLDER{original}"
     mixed = sorted({quant.bits, *quant.layer_bits.values()})
     bits = str(quant.bits) if len(mixed) == 1 else f"{sum(mixed) / 2:g} --bit-map MAP.json"
     options = [f"--model {quant.base_model}", f"--method {quant.method}", f"--bits {bits}"]
     options += [f"--group-size {quant.group_size}"] if quant.group_size else []
     if "text" in calibration:
-        source = next((name for name in SOURCES if calibration["text"].startswith(name)), calibration["text"])
+        text = calibration["text"]  # a file's own name, or "c4-train-0@REVISION" and the like
+        source = next((name for name in SOURCES if re.fullmatch(rf"{name}2?-.*(train|train-0|calibration)(@\w+)?", text)), text)
         options += [f"--text {source}", *(f"--{key} {calibration[key]}" for key in ("samples", "length", "seed"))]
     options += ["--no-act-order"] if calibration.get("act_order") is False else []
     return " ".join(["python decdec_setup/quantize.py", *options, "--out FOLDER"])

@@ -1,6 +1,6 @@
 """Share of the truly largest channels that each selection finds (the lower half of the paper's Figure 16).
 
-The truth is the top k of the layer's whole input by |x|, k the number of channels the selection takes. The text runs through the
+The truth is the top k by |x| of the layer's whole input (less its center where a static repair has one), k the number of channels the selection takes. The text runs through the
 model while it is compensated by that very selection at every position; recall is the mean over positions and layers.
 """
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from decdec import hub
 from decdec.errors import run
+from decdec.linear import CompensatedLinear
 from decdec.models import KINDS
 
 KEY = (*SUBJECT_KEY, "text_hash", "window_length")
@@ -37,12 +38,18 @@ def found(x: Tensor, channels: Tensor) -> Tensor:
     return chosen.gather(1, x.abs().topk(channels.shape[1], dim=1).indices).float().mean(dim=1)
 
 
+def recall_of(layer: CompensatedLinear, rows: Tensor) -> Tensor:
+    """Mean over inputs ``rows`` of what the selection of ``layer`` finds."""
+    rows = layer.selected_from(rows)
+    return found(rows, layer.channels(rows)).mean()
+
+
 @torch.inference_mode()
 def recall(model: nn.Module, ids: Tensor) -> dict[str, float]:
     """Mean recall by kind of layer, over positions and blocks."""
     seen = {kind: [] for kind in KINDS}
     with watching([layers[0] for layers in layers_by_input(model).values()],
-                  lambda layer, rows: seen[layer.kind].append(found(rows, layer.channels(rows)).mean())):
+                  lambda layer, rows: seen[layer.kind].append(recall_of(layer, rows))):
         model(ids[None].to(model.device), use_cache=False)
     return {kind: float(torch.stack(values).mean()) for kind, values in seen.items() if values}
 

@@ -49,12 +49,10 @@ class Chooser:
         start = 0
         for width, counts in choice.counts(x.shape[-1]):
             part, of = x[..., start:start + width], score[..., start:start + width]
-            largest = of.topk(counts[-1], dim=-1).values if counts[-1] else None
-            above = torch.zeros_like(of, dtype=torch.bool)
-            for kept, count in zip(cut, counts):
-                reached = of >= largest[..., count - 1:count] if count else torch.zeros_like(above)
-                kept.append(torch.where(reached & ~above, part, 0))
-                above = reached | above
+            largest = of.topk(counts[-1], dim=-1).indices
+            for kept, first, end in zip(cut, (0, *counts), counts):
+                chosen = largest[..., first:end]
+                kept.append(torch.zeros_like(part).scatter_(-1, chosen, part.gather(-1, chosen)))
             start += width
         self._x, self._key, self._parts = x, (key, choice), [torch.cat(kept, dim=-1) for kept in cut]
         return self._parts

@@ -109,6 +109,14 @@ class CompensatedLinear(Compensated):
         """``rows`` with the inputs in the order of the packed weights."""
         return rows if self.order is None else rows.index_select(1, self.order)
 
+    def selected_from(self, rows: Tensor) -> Tensor:
+        """Inputs ``(n, in_features)`` as channels are selected from them: in the order of the packed weights and, where the static
+        repair centers them, less the center."""
+        rows = self._taken(rows)
+        static = self._static(rows)
+        near = None if static is None else static.near(rows)
+        return rows if near is None else (rows - near * static.mean).to(rows.dtype)
+
     def _by_gemv(self, rows: Tensor, compensated: bool, bias: Tensor | None, norm: Tensor | None = None,
                  norm_eps: float = 0.0) -> Tensor:
         static = self._static(rows)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from decdec.artifacts import load_cheatsheet, load_thresholds, read_quant_config
+from decdec.artifacts import QuantConfig, load_cheatsheet, load_thresholds, read_quant_config
 from decdec.files import append_row
 from decdec.models import decoder_linears, load_model, load_tokenizer
 from decdec.testing import run_script
@@ -9,6 +9,7 @@ from decdec.text import calibration_samples, load_text
 
 import describe
 from cheatsheet import make_cheatsheet
+from model_card import quantize_command
 from quantized_blocks import QuantizedBlocks
 from scaling import read_scaling, scale_model
 from thresholds import make_thresholds
@@ -20,6 +21,28 @@ def finished(quantized, calibration):
     make_cheatsheet(folder)
     make_thresholds(folder, **calibration)
     return folder
+
+
+@pytest.mark.parametrize("calibration, command", [
+    ({"text": "c4_mine.txt"}, "--text c4_mine.txt "), ({"text": "c4-train-0@0123abcd"}, "--text c4 "),
+    ({"text": "c4-train-0"}, "--text c4 "), ({"text": "wikitext2-train"}, "--text wikitext "),
+    ({"text": "pydoc-3.12.3-calibration"}, "--text pydoc "), ({"text": "pileval-calibration@0a"}, "--text pileval "),
+    ({"imported_from": "that"}, "import_checkpoint.py that FOLDER"),
+    ({"imported_from": "that", "original": "h"}, "import_checkpoint.py that FOLDER --model this")])
+def test_the_card_tells_the_command(calibration, command):
+    numbers = {"samples": 1, "length": 2, "seed": 3} if "text" in calibration else {}
+    quant = QuantConfig("awq", "uniform", 3, 64, "this", "w", calibration | numbers)
+    assert command in quantize_command(quant) and (numbers or quantize_command(quant).endswith(command))
+
+
+def test_the_predicted_output_error_weighs_rows_by_their_inputs(finished):
+    quant = read_quant_config(finished)
+    seen = load_thresholds(finished / "thresholds.pt", quant)
+    kinds, _ = describe.collect(finished, quant)
+    layers = [name for name in seen.row_energy if name.endswith("down_proj")]
+    (of_d,) = (found for key, found in kinds.items() if key[0] == "d")
+    assert of_d.error == pytest.approx(sum(float(seen.mean_square[name].double() @ seen.row_energy[name].double()) for name in layers))
+    assert of_d.output == pytest.approx(sum(float(seen.output_energy[name]) for name in layers))
 
 
 @torch.no_grad()

@@ -11,7 +11,9 @@ from decdec.errors import UserError
 from decdec.models import decoder_linears, load_model
 from decdec.testing import refused, run_script
 
+import repair as script
 from cheatsheet import make_cheatsheet
+from groups import Group
 from quantized_blocks import QuantizedBlocks
 from repair import Settings, error_left, low_rank, make_repair, repair_group
 from scaling import read_scaling, scale_model
@@ -110,6 +112,17 @@ def test_the_folder_gets_it(calibration, tiny, quantized, tmp_path, method):
     nested = load_cheatsheet(make_cheatsheet(folder, nested=True, repaired=True, out=tmp_path / "nested.pt"), quant)
     assert nested.nested and nested.row_scale  # what remains is within no step
     path.unlink()
+
+
+def test_first_positions_are_held_out_but_not_fitted_to(quantized, monkeypatch):
+    quantized = QuantizedBlocks(quantized("rtn"))
+    name = next(name for name in decoder_linears(load_model(str(quantized.folder.parent / "tiny"))) if name.endswith("o_proj"))
+    module = decoder_linears(load_model(str(quantized.folder.parent / "tiny")))[name].float()
+    seen = [torch.full((3, module.in_features), float(sample)).index_fill(0, torch.tensor([0]), -1.0) for sample in range(8)]
+    given = []
+    monkeypatch.setattr(script, "repair_group", lambda residuals, fit, held_out, settings: given.extend((fit, held_out)) or {})
+    script._of_group(Group({name: module}), seen, {}, quantized, Settings())
+    assert [part[:, 0].tolist() for part in given] == [[1, 1, 2, 2, 3, 3, 5, 5, 6, 6, 7, 7], [-1, 0, 0, -1, 4, 4]]
 
 
 def test_script(calibration, quantized):

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from capture import layers_by_input
 from error_curve import curve
 from outliers import static_recall
-from recall import found
+from recall import found, recall, recall_of
 
+from decdec import hub, models
+from decdec.compensated import Compensation
 from decdec.files import read_rows
-from decdec.testing import refused, run_script
+from decdec.testing import add_repair, quick_folder, refused, run_script
 
 EVALUATION = Path(__file__).parents[1]
 SHORT = ("--text", "pydoc", "--length", 64)
@@ -37,6 +40,23 @@ def test_recall_counts_found_channels_and_not_missing_ones():
     x = torch.tensor([[5.0, -4, 3, 2, 1, 0]])
     assert found(x, torch.tensor([[0, 1, 5]])).tolist() == pytest.approx([2 / 3])
     assert found(x, torch.tensor([[-1, -1, 0]])).tolist() == pytest.approx([1 / 3])
+
+
+def test_recall_is_of_the_input_that_is_selected_from(original, tmp_path):
+    folder = add_repair(quick_folder(models.load_model(str(original)), tmp_path / "quick"))
+    model = hub.load(folder)
+    ids = torch.arange(20, 60)
+    hub.set_compensation(model, Compensation(8, "exact", prefill=True, repair=True))
+    exact = recall(model, ids)
+    assert exact["qkv"] == exact["o"] == 1  # of a single chunk the exact selection finds all, of centred inputs too
+    layer = layers_by_input(model)[0, "o"][0]
+    x = torch.zeros(3, layer.in_features)
+    x[:, -2:] = 1
+    hub.set_compensation(model, Compensation(8, "static", prefill=True, repair=True))
+    layer.repair = None
+    layer.static_channels = torch.tensor([0, 1], dtype=torch.int32)
+    layer.order = torch.arange(layer.in_features - 1, -1, -1, dtype=torch.int32)  # so the packed first are the layer's last
+    assert recall_of(layer, x) == 1
 
 
 def test_recall_of_each_selection(everything):

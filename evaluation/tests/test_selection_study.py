@@ -148,6 +148,12 @@ def test_chosen_channels_and_shares(layer):
     assert Choice(8, 256).counts(1100) == [(256, [2])] * 4 + [(76, [1])] and Choice(8, None).counts(1100) == [(1100, [9])]
 
 
+def test_ties_are_chosen_no_more_often_than_asked_for():
+    x = torch.ones(2, 1100)
+    first, second = Chooser().cut(x, x, Choice(8, shares=(0.25, 0.75)))
+    assert first.sum(1).tolist() == [2, 2] and second.sum(1).tolist() == [7, 7] and float((first * second).sum()) == 0
+
+
 def test_centring_leaves_the_first_position_alone(layer):
     x = torch.randn((2, 5, 1100), generator=torch.Generator().manual_seed(2)) + 1
     mean = torch.ones(1100)
