@@ -116,6 +116,8 @@ def main() -> None:
     parser.add_argument("--card", action="store_true", help="also write it into the folder's README.md, the model card")
     parser.add_argument("--results", metavar="FILE", help="with --card: perplexity rows, for those of this folder")
     args = parser.parse_args()
+    if args.results and not args.card:
+        raise UserError("results: expected with --card, into which their rows go")
     table = describe(args.folder)
     print(table)
     if args.card:

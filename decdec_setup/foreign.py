@@ -68,6 +68,12 @@ class ForeignFolder:
                 yield name, self[name]
             elif name not in own and not self._is_idle(name):
                 raise UserError(f"{self.folder}: tensor {name} fits nothing in {type(self.model).__name__}")
+        self.model.tie_weights()
+        state = self.model.state_dict(keep_vars=True)
+        stored = {id(state[name]) for name in known if name in self._files}
+        quantized = {f"{name}.weight" for name in self.layers}
+        if lacking := [name for name in known - quantized if id(state[name]) not in stored]:
+            raise UserError(f"{self.folder}: has no tensor {min(lacking)}: an incomplete folder")
 
     def _is_idle(self, name: str) -> bool:
         """Whether a tensor that the model has not is one that old releases stored for nothing."""

@@ -4,7 +4,7 @@ import torch
 from decdec.artifacts import QuantConfig, load_cheatsheet, load_thresholds, read_quant_config
 from decdec.files import append_row
 from decdec.models import decoder_linears, load_model, load_tokenizer
-from decdec.testing import run_script
+from decdec.testing import refused, run_script
 from decdec.text import calibration_samples, load_text
 
 import describe
@@ -87,3 +87,7 @@ def test_the_table_holds_every_byte_and_the_card_the_perplexity(finished, tmp_pa
     content = (finished / "README.md").read_text()
     assert "| some | 2 x 8 | 16 | 12.346 |" in content and "99.000" not in content and "base_model: tiny" in content
     assert "--method awq --bits 3 --group-size 64 --text pydoc --samples 3 --length 64 --seed 0" in content
+
+
+def test_rows_without_a_card_are_refused(finished, tmp_path):
+    assert "results: expected with --card" in refused(run_script(describe.__file__, finished, "--results", tmp_path / "rows.jsonl"))

@@ -97,6 +97,15 @@ def test_the_runtime_takes_inputs_in_activation_order(tiny, tmp_path, device):
         assert list(runtime.stream(IDS[0].tolist(), same, stop=())) == found[0, IDS.shape[1]:].tolist()
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.down_proj"])
+def test_a_checkpoint_without_all_of_its_tensors_is_refused(tiny, tmp_path, name):
+    write(tiny, tmp_path / "foreign", lambda name, weight: gptq(name, weight, 3), settings("gptq", 3))
+    stored = tmp_path / "foreign/model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(stored).items() if not key.startswith(name)}, stored)
+    with pytest.raises(UserError, match=f"has no tensor {name}.*: an incomplete folder"):
+        import_checkpoint(str(tmp_path / "foreign"), tmp_path / "out", str(tiny))
+
+
 def folded(model):
     """``model`` with random scales folded into norms, and from ``up`` into ``down``: the same function."""
     torch.manual_seed(1)

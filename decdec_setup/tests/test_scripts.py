@@ -71,7 +71,8 @@ def test_the_folder_holds_every_tensor_once(tiny, quantized, method):
 
 
 @pytest.mark.parametrize("change,message", [
-    ({"bits": 5}, "bits: expected one of"), ({"method": "gguf"}, "method: expected one of"),
+    ({"bits": 5}, "bits: expected one of"), ({"bits": float("nan")}, "bits: expected one of"), ({"device": "gpu"}, "device: expected cpu"),
+    ({"group_size": 0, "method": "rtn"}, "group-size: expected a divisor"), ({"method": "gguf"}, "method: expected one of"),
     ({"source": "nowhere/there/here"}, "model: expected a model folder"), ({"samples": 0}, "samples: expected"),
     ({"samples": 10**6}, "windows of 64 tokens"), ({"text": "missing.txt"}, "text: expected one of"),
     ({"group_size": 7, "method": "awq"}, "group-size: expected a divisor"), ({"group_size": 64}, "group-size: expected none")])

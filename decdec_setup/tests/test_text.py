@@ -97,3 +97,13 @@ def test_every_line_of_a_raw_file_counts(tmp_path, end):
     path = tmp_path / "wiki.raw"
     path.write_text(" = A = \n \nthe last" + end)
     assert load_text(str(path), "evaluation").documents == (" = A = \n", "", "the last\n")
+
+
+@pytest.mark.parametrize("numbers, says", [({"samples": 0}, "samples: expected 1"), ({"samples": -1}, "samples: expected 1"),
+                                           ({"length": 0}, "length: expected 2"), ({"length": 1}, "length: expected 2")])
+def test_numbers_that_leave_no_text_are_refused(numbers, says):
+    with pytest.raises(UserError, match=says):
+        calibration_samples(text.Text("some", ("words",)), None, **{"samples": 1, "length": 2, "seed": 0} | numbers)
+    for wrong in ({"length": 1}, {"length": 2, "count": 0}, {"length": 2, "count": -1}):
+        with pytest.raises(UserError, match="expected"):
+            text.windows(text.Text("some", ("words",)), None, **wrong)
