@@ -7,4 +7,4 @@ export VENV
 cd "$(dirname "$0")"
 ./quickstart.sh --install
 export PYTHON=$VENV/bin/python OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$PYTHON" -m pytest --numprocesses 2 --dist loadfile "$@"
+exec "$PYTHON" -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder "$@"

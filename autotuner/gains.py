@@ -110,7 +110,8 @@ def _measured(path: Path, quant: QuantConfig, sheet: Cheatsheet | None) -> dict[
     if weights_hash != quant.weights_hash:
         raise UserError(f"{path}: measured for weights {weights_hash}, but the folder's are {quant.weights_hash}; "
                         "run measure_gains.py again")
-    if sheet is not None and metadata.get("sheet") != sheet_identity(sheet):
+    # Files of older versions do not tell.
+    if sheet is not None and "sheet" in metadata and metadata["sheet"] != sheet_identity(sheet):
         raise UserError(f"{path}: measured for other residuals than {artifacts.CHEATSHEET} holds; run measure_gains.py again")
     if wrong := [name for name, gain in gains.items() if gain.shape != (CHUNK + 1,)]:
         raise UserError(f"{path}: {wrong[0]}: expected {CHUNK + 1} entries, got shape {tuple(gains[wrong[0]].shape)}")

@@ -22,7 +22,7 @@ from decdec import artifacts, hub, text
 from decdec.artifacts import Cheatsheet
 from decdec.errors import UserError, check_device, run
 from decdec.files import atomic, config_hash
-from decdec.linear import BASE_ROWS, CompensatedLinear
+from decdec.linear import CompensatedLinear
 from decdec.models import load_tokenizer
 from decdec.reference import CHUNK, chunk_counts
 
@@ -92,9 +92,6 @@ def main() -> None:
                         help="default: the GPU if there is one")
     arguments = parser.parse_args()
     check_device(arguments.device)
-    if arguments.length <= BASE_ROWS:
-        raise UserError(f"length: expected more than {BASE_ROWS} tokens, as so few run in kernels without gradients, "
-                        f"got {arguments.length}")
     folder = Path(arguments.model)
     quant = artifacts.read_quant_config(folder)
     sheet = artifacts.load_cheatsheet(folder / artifacts.CHEATSHEET, quant)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from decdec import hub, models
-from decdec.errors import UserError
+from decdec.errors import UserError, check_device
 from decdec.files import read_json
 from decdec.linear import Compensation
 from decdec.models import KINDS
@@ -138,20 +138,15 @@ def device_and_dtype(device: str | None = None, dtype: torch.dtype | str | None 
     """Where to compute, ``cpu`` or ``cuda``, and in what: by default the GPU where there is one, float16 there and float32
     on the CPU. Raises UserError for a device that is not there and a dtype that it does not compute in.
     """
-    try:
-        device = torch.device(default_device() if device is None else device)
-    except RuntimeError:
-        raise UserError(f"device: expected cpu or cuda, got {device}") from None
+    device = default_device() if device is None else device
+    check_device(device)
+    device = torch.device(device)
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     elif isinstance(dtype, str):
         dtype = getattr(torch, dtype)
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device: expected cpu or cuda, got {device}")
     if device.type == "cpu":
         return device, dtype
-    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device: {device} is not there (torch sees {torch.cuda.device_count()} GPUs); use cpu")
     if not torch.ops.decdec.has_cuda():
         raise UserError("device: the ops were built without CUDA; build decdec_extension again where nvcc is")
     if dtype == torch.float32:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from decdec import hub, models
 from decdec.errors import UserError, run
@@ -45,6 +46,7 @@ def texts(folder: str, device: str, ids: list[Tensor], setting: Compensation,
            lambda *text: selected_by_decoder(runtime.decoder, *text))
     del runtime
     model = hub.load(folder, dtype, setting, device=device)
+    model.generation_config = GenerationConfig()  # the arithmetic is compared, not the folder's penalties
     options = dict(max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
     yield (f"hugging face {device}", [
         model.generate(prompt[None].to(device), attention_mask=torch.ones_like(prompt)[None].to(device), **options)

@@ -28,7 +28,7 @@ from timings import Conditions, Timings, timing_row
 from decdec import hub
 from decdec.artifacts import Thresholds, load_cheatsheet, read_quant_config, save_cheatsheet
 from decdec.errors import UserError
-from decdec.files import append_row, read_rows
+from decdec.files import append_row, open_safetensors, read_rows
 from decdec.linear import Compensation
 from decdec.models import block_of
 from decdec.plan import Device, apply, load_plan
@@ -187,6 +187,11 @@ def test_gains_of_other_residuals_are_not_taken(call, folder, tmp_path):
         if (tmp_path / GAINS).exists():
             with pytest.raises(UserError, match="measured for other residuals"):
                 read_gains(tmp_path, from_folder(folder).layers)
+            with open_safetensors(tmp_path / GAINS) as file:  # as one of an older version, which did not tell
+                save_file({name: file.get_tensor(name) for name in file.keys()}, tmp_path / "older",
+                          {key: value for key, value in file.metadata().items() if key != "sheet"})
+            (tmp_path / "older").replace(tmp_path / GAINS)
+            assert read_gains(tmp_path, from_folder(folder).layers)[1] == MEASURED
         if not changed.nested:  # whose rows would have to be others too
             assert "wrote" in call(*measured) and "is there already" in call(*measured)
             assert read_gains(tmp_path, from_folder(folder).layers)[1] == MEASURED
@@ -300,7 +305,7 @@ def test_rows_that_are_no_objects_are_refused(call, tmp_path):
         call(export_csv, tmp_path / "rows")
 
 
-@pytest.mark.parametrize("arguments, says", [(("--seed", 2**64), "seed"), (("--length", 24), "length"), (("--samples", 0), "samples")])
+@pytest.mark.parametrize("arguments, says", [(("--seed", 2**64), "seed"), (("--length", 1), "length"), (("--samples", 0), "samples")])
 def test_gains_of_wrong_numbers_are_refused(call, folder, arguments, says):
     with pytest.raises(UserError, match=says):
         call(measure_gains, folder, "--text", "pydoc", *arguments)

@@ -9,8 +9,8 @@ class UserError(Exception):
     """Bad input: one line that names the argument, what was expected and what came."""
 
 
-def check_device(device: str) -> None:
-    """Refuse what is no device, or a GPU that torch does not see."""
+def check_device(device) -> None:
+    """Refuse what is no device (a string or a torch.device), or a GPU that torch does not see."""
     import torch
 
     try:
@@ -18,9 +18,9 @@ def check_device(device: str) -> None:
     except RuntimeError:
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
-        raise UserError(f"device: expected cpu, cuda or cuda:NUMBER, got {device!r}")
+        raise UserError(f"device: expected cpu, cuda or cuda:NUMBER, got '{device}'")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device: torch sees {torch.cuda.device_count()} GPUs, got {device!r}; use cpu")
+        raise UserError(f"device: torch sees {torch.cuda.device_count()} GPUs, got '{device}'; use cpu")
 
 
 def run(main: Callable[[], None]) -> None:

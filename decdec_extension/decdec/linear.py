@@ -76,7 +76,8 @@ class CompensatedLinear(Compensated):
     def forward(self, x: Tensor) -> Tensor:
         rows = self._taken(x.reshape(x.numel() // self.in_features, self.in_features))
         compensated = self._compensates(x)
-        if 0 < rows.shape[0] <= (FEW_ROWS if compensated else BASE_ROWS):
+        few = 0 < rows.shape[0] <= (FEW_ROWS if compensated else BASE_ROWS)
+        if few and not (torch.is_grad_enabled() and rows.requires_grad):  # the ops have no gradient
             out = self._by_gemv(rows, compensated, self.bias)
         else:
             out = self._by_matmul(rows, compensated)

@@ -11,7 +11,7 @@ from decdec import ops as gemv
 from decdec import reference
 from decdec.testing import poison_shared_memory
 
-GPU = torch.cuda.is_available()
+GPU = torch.cuda.is_available() and torch.ops.decdec.has_cuda()
 gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 CUDA = "cuda" if GPU else "emulated"
 DEVICES = [("cpu", torch.float32), (CUDA, torch.float16), (CUDA, torch.bfloat16)]

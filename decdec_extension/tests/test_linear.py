@@ -118,6 +118,16 @@ def test_moved_residuals_give_the_same_sums():
         assert (torch.cuda.memory_allocated() >= before + layer.residual.nbytes) == (where == "gpu")
 
 
+@pytest.mark.parametrize("rows", [1, 16])
+def test_few_rows_have_the_gradient_of_the_weights(rows):
+    layer = make_layer()
+    layer.compensate(Compensation())
+    x = torch.randn(rows, layer.in_features, requires_grad=True)
+    out = layer(x)
+    out.square().sum().backward()
+    assert_close(x.grad, 2 * out.detach() @ base_weight(layer), rtol=1e-4, atol=1e-3)
+
+
 def test_fused_layers_share_their_row_scale():
     row_scale = torch.rand(200)
     layers = [make_layer(200, width, residual_bits=2, row_scale=row_scale, seed=i, bias=False) for i, width in enumerate((32, 48))]

@@ -141,7 +141,7 @@ def test_shell_script_compares_settings(folder):
     (("--model", "{folder}", "--max-new-tokens", 0), "max-new-tokens"),
     (("--model", "{folder}", "--k-chunk", 8, 8), "expected one number, or 4"),
     (("--model", "{folder}", "--device", "cuda:9"), "not there"),
-    (("--model", "{folder}", "--device", "gpu"), "expected cpu or cuda"),
+    (("--model", "{folder}", "--device", "gpu"), "expected cpu, cuda or cuda:NUMBER, got 'gpu'"),
     (("--model", "{folder}", "--prompts", "/dev/null"), "expected a prompt on every line"),
     (("--prompt", "Hello"), "--model: expected"),
     (("--benchmark",), "--model: expected a model to measure"),

@@ -62,4 +62,4 @@ def test_a_number_of_tokens_below_one_is_refused(folder, monkeypatch, name):
 @pytest.mark.parametrize("what", ["--model", "--random-weights"])
 def test_a_device_that_is_not_there_is_refused(folder, what):
     name = folder if what == "--model" else "llama-3-8b"
-    assert "cuda:9 is not there" in refused(run_script(SCRIPT, what, name, "--device", "cuda:9", input="{}"))
+    assert "got 'cuda:9'; use cpu" in refused(run_script(SCRIPT, what, name, "--device", "cuda:9", input="{}"))
