@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from decdec import decode_ops, ops
+from decdec import arena, decode_ops, ops
+from decdec.errors import UserError
 
 GPU = torch.cuda.is_available() and torch.ops.decdec.has_cuda()
 DEVICE = "cuda" if GPU else "cpu"
@@ -78,3 +79,34 @@ def test_the_ops_of_a_decoding_step_refuse_them_too():
     assert "attend: keys: expected memory" in refusal(decode_ops.attend, x, position, shifted(keys), keys, *attend)
     assert "attend: values: expected memory" in refusal(decode_ops.attend, x, position, keys, shifted(keys), *attend)
     assert "attend: qkv: expected memory" in refusal(decode_ops.attend, shifted(x), position, keys, keys, *attend)
+
+
+def test_mistakes_are_named(make_base, make_residual):
+    base, residual = make_base("codebook", 128, 40, 3), make_residual(128, 40, 4)
+    args, rest = placed(base.args), placed(residual.args)
+    x = torch.randn(1, 128, device=DEVICE).half()
+    call = ops.codebook_gemv_compensated
+    mistakes = [
+        (lambda: call(x.float(), *args, None, *rest, 8), "x"),
+        (
+            lambda: call(x, *args, None, *rest, 8, workspace=torch.zeros(8, dtype=torch.uint8, device=DEVICE)),
+            "workspace",
+        ),
+        (lambda: call(x, *args, None, *rest, 1025), "k_chunk"),
+    ]
+    if GPU:
+        mistakes += [
+            (lambda: call(x, base.args[0], *args[1:], None, *rest, 8), "qweight"),
+            (lambda: call(x, *args, None, residual.args[0], *rest[1:], 8), "residual"),
+        ]
+    for mistake, name in mistakes:
+        with pytest.raises(RuntimeError, match=f"codebook_gemv_compensated: {name}: expected .*, got "):
+            mistake()
+
+
+@pytest.mark.skipif(not GPU, reason="needs a CUDA GPU")
+def test_arena_says_when_memory_is_short():
+    with pytest.raises(UserError, match="residuals: expected at most .* GB.*, got 9000.00 GB"):
+        arena.pinned_rows([(9_000_000, 1_000_000)])
+    with pytest.raises(UserError, match="could not be pinned"):
+        arena.pinned_rows([(2**40, 2**20)], check_memory=False)

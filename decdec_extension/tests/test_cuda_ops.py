@@ -384,36 +384,6 @@ def test_cpu_and_cuda_agree(make_base, make_residual):
         assert torch.allclose(on_cpu, on_gpu, rtol=4e-3, atol=2e-3 * float(on_cpu.abs().max()))
 
 
-def test_more_rows_than_a_launch_takes(make_base, make_residual):
-    call = layer_call(make_base, make_residual, batch=19)
-    x = torch.randn(19, 2048, device=DEVICE).half()
-    together = call(x)
-    assert all(torch.equal(call(x[row : row + 1])[0], together[row]) for row in (0, 7, 8, 15, 18))
-
-
-def test_mistakes_are_named(make_base, make_residual):
-    base, residual = make_base("codebook", 128, 40, 3), make_residual(128, 40, 4)
-    args, rest = placed(base.args), placed(residual.args)
-    x = torch.randn(1, 128, device=DEVICE).half()
-    call = compensated("codebook")
-    mistakes = [
-        (lambda: call(x.float(), *args, None, *rest, 8), "x"),
-        (
-            lambda: call(x, *args, None, *rest, 8, workspace=torch.zeros(8, dtype=torch.uint8, device=DEVICE)),
-            "workspace",
-        ),
-        (lambda: call(x, *args, None, *rest, 1025), "k_chunk"),
-    ]
-    if GPU:
-        mistakes += [
-            (lambda: call(x, base.args[0], *args[1:], None, *rest, 8), "qweight"),
-            (lambda: call(x, *args, None, residual.args[0], *rest[1:], 8), "residual"),
-        ]
-    for mistake, name in mistakes:
-        with pytest.raises(RuntimeError, match=f"codebook_gemv_compensated: {name}: expected .*, got "):
-            mistake()
-
-
 @needs_gpu
 def test_arena_rows_are_read_over_the_link_and_keep_their_memory(make_base, make_residual):
     from decdec import arena
@@ -429,14 +399,3 @@ def test_arena_rows_are_read_over_the_link_and_keep_their_memory(make_base, make
     assert torch.equal(compensated("codebook")(x, *placed(base.args), None, rows, scale, 4, False, 16), on_gpu)
     assert torch.equal(rows.cpu(), residual.args[0])
     assert not any(tensor.any() for tensor in arena.pinned_rows([(3, 16), (5, 4096)]))
-
-
-@needs_gpu
-def test_arena_says_when_memory_is_short():
-    from decdec import arena
-    from decdec.errors import UserError
-
-    with pytest.raises(UserError, match="residuals: expected at most .* GB.*, got 9000.00 GB"):
-        arena.pinned_rows([(9_000_000, 1_000_000)])
-    with pytest.raises(UserError, match="could not be pinned"):
-        arena.pinned_rows([(2**40, 2**20)], check_memory=False)
