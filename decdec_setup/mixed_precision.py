@@ -103,7 +103,8 @@ def make_bit_map(source: str, low: str, high: str, out: str, text: str = "c4", s
     tokens = calibration_samples(documents, load_tokenizer(str(base.folder)), samples, length, seed)
     found = divergences(BlockRunner(base.model, tokens, device, base.block), folders, parts)
     chosen = choose(found, *bits)
-    write_bit_map(out, chosen, how | {"text": documents.name, "divergence": {str(b): column.tolist() for b, column in zip(bits, found.t())}})
+    by_bits = {str(width): column.tolist() for width, column in zip(bits, found.t())}
+    write_bit_map(out, chosen, how | {"text": documents.name, "divergence": by_bits})
     parts.clear()
     return chosen
 

@@ -66,7 +66,7 @@ fig4() {
     narrowest
     for folder in "${narrow[@]}"; do
         residual "$folder" 16
-        measure error_curve --model "$folder" --cheatsheet "$folder/residual_16.pt" "${text[@]}" --length "${LENGTH:-512}" \
+        measure error_curve --model "$folder" --cheatsheet "$sheet" "${text[@]}" --length "${LENGTH:-512}" \
             --out "$results/error_curve.jsonl"
     done
     figure fig04_error_curve "$results/error_curve.jsonl"
@@ -128,8 +128,9 @@ fig17() { tuned clients ${CLIENTS:-4090 4080S 4070S 4070M 4050M}; figure fig17_t
 fig18() { tuned others ${OTHERS:-3080 4080S 5080 H100 GH200}; draw fig17_tuned "$results/others.jsonl" --out "$results/fig18_tuned"; }
 # shellcheck disable=SC2086
 table3() { tuned clients ${CLIENTS:-4090 4080S 4070S 4070M 4050M}; draw table3_tuner "$results/clients.jsonl" --out "$results/table3.md"; }
-residual() {  # FOLDER BITS: residual_BITS.pt in the folder
-    "$python" "$setup/cheatsheet.py" "$1" --model "$original" --bits "$2" --out "$1/residual_$2.pt"
+residual() {  # FOLDER BITS: fills `sheet` with the path of such residuals, and makes them if need be
+    sheet=$("$python" "$here/sheet_of.py" "$1" "$2")
+    "$python" "$setup/cheatsheet.py" "$1" --model "$original" --bits "$2" --out "$sheet"
 }
 table2() {
     narrowest
@@ -141,7 +142,7 @@ table2() {
             residual "$folder" $bits
             local same_traffic=()
             for k in "${wide[@]}"; do [ $((k * 4 / bits)) -gt 1024 ] || same_traffic+=($((k * 4 / bits))); done
-            measure perplexity --model "$folder" --cheatsheet "$folder/residual_$bits.pt" --k-chunk "${same_traffic[@]}" "${windows[@]}" "${out[@]}"
+            measure perplexity --model "$folder" --cheatsheet "$sheet" --k-chunk "${same_traffic[@]}" "${windows[@]}" "${out[@]}"
         done
     done
     draw table2_residual_bits "$results/table2.jsonl" --out "$results/table2.md"

@@ -15,7 +15,7 @@ from decdec_lm import DecDECLM
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from local_tasks import write_tasks
-from subject import SUBJECT_KEY, Rows, Setting, add_arguments, add_settings, from_arguments
+from subject import SUBJECT_KEY, Rows, Setting, add_arguments, add_settings, before, from_arguments
 
 from decdec.errors import UserError, run
 
@@ -117,7 +117,10 @@ def main() -> None:
 def find_all(rows: Rows, row: dict) -> list[dict]:
     """The rows of this task and setting, whatever their metrics."""
     names = [name for name in KEY if name not in ("metric", "filter")]
-    return [known for known in rows.known.values() if all(str(known.get(name)) == str(row.get(name)) for name in names)]
+    for wanted in (row, before(row)):
+        if found := [known for known in rows.known.values() if all(str(known.get(name)) == str(wanted.get(name)) for name in names)]:
+            return found
+    return []
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def read_answers(path: Path, setting: dict, max_new_tokens: int) -> set[int]:
         wanted = {name: setting[name] for name in (*SUBJECT_KEY, "compensated")} | {"max_new_tokens": max_new_tokens}
         answered = known["setting"] | {"max_new_tokens": known["max_new_tokens"]}
         for name, value in wanted.items():
-            if answered.get(name, value) != value:
+            if answered.get(name) not in (None, value):  # None: answered before settings held it
                 raise UserError(f"--out: {path} holds answers with {name} {answered[name]}, not {value}; give another folder")
     return {known["question_id"] for known in found}
 

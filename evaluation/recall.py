@@ -1,7 +1,8 @@
 """Share of the truly largest channels that each selection finds (the lower half of the paper's Figure 16).
 
-The truth is the top k by |x| of the layer's whole input (less its center where a static repair has one), k the number of channels the selection takes. The text runs through the
-model while it is compensated by that very selection at every position; recall is the mean over positions and layers.
+The truth is the top k by |x| of the layer's whole input (less its center where a static repair has one), k the number of channels
+the selection takes. The text runs through the model while it is compensated by that very selection at every position; recall is
+the mean over positions and layers.
 """
 
 import argparse

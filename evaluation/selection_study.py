@@ -149,7 +149,7 @@ def main() -> None:
     tokenizer = models.load_tokenizer(arguments.model)
     ids = text.windows(evaluation, tokenizer, arguments.length, arguments.windows).to(subject.device)
     shared = subject.describe("selection_study") | {
-        "selection": "exact", "text": evaluation.name, "text_hash": evaluation.hash, "windows": len(ids),
+        "selection": "exact", "thresholds": None, "text": evaluation.name, "text_hash": evaluation.hash, "windows": len(ids),
         "window_length": arguments.length, "calibration": calibration.name, "calibration_hash": calibration.hash,
         "samples": arguments.samples}
     if subject.device.startswith("cuda"):

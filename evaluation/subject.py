@@ -1,6 +1,7 @@
 """What a measurement is about, an original model or a DecDEC folder, and the part of every row that says so."""
 
 import argparse
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,12 +57,13 @@ class Subject:
         """The part of a row that all settings of a run share."""
         row = {"bench": bench}
         if self.quant is None:
-            row |= {"model": Path(self.source).resolve().name, "method": "original", "bits": 16, "group_size": None,
+            row |= {"model": _name(self.source), "method": "original", "bits": 16, "group_size": None,
                     "weights_hash": models.original_hash(models.local_folder(self.source))}
         else:
             bits = sorted({self.quant.bits, *self.quant.layer_bits.values()})
-            row |= {"model": Path(models.original_of(self.source, self.quant.base_model)).resolve().name, "method": self.quant.method, "bits": bits[0] if len(bits) == 1 else bits,
-                    "group_size": self.quant.group_size, "weights_hash": self.quant.weights_hash}
+            row |= {"model": _name(models.original_of(self.source, self.quant.base_model)), "method": self.quant.method,
+                    "bits": bits[0] if len(bits) == 1 else bits, "group_size": self.quant.group_size,
+                    "weights_hash": self.quant.weights_hash}
         cuda = self.device.startswith("cuda")
         repair = artifacts.load_repair(Path(self.source) / artifacts.REPAIR, self.quant) if self.repair else None
         settings = {key: repair.calibration[key] for key in ("rank", "center", "k_chunk")} if repair else None
@@ -100,6 +102,11 @@ class Subject:
         """What the folder's thresholds were calibrated on."""
         thresholds = artifacts.load_thresholds(Path(self.source) / artifacts.THRESHOLDS, self.quant)
         return config_hash(text.calibration_identity(thresholds.calibration))
+
+
+def _name(source: str) -> str:
+    """The last part of a folder's path or a hub id. Links are not followed: the hub's cache holds snapshots by their commits."""
+    return Path(os.path.abspath(source)).name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,8 +149,13 @@ def folder_from_arguments(arguments: argparse.Namespace) -> Subject:
     return subject
 
 
+def before(row: dict) -> dict:
+    """The row as earlier versions wrote it: without thresholds, and of an original model without the hash of its weights."""
+    return row | {"thresholds": None} | ({"weights_hash": None} if row.get("method") == "original" else {})
+
+
 class Rows:
-    """The rows of a JSON-lines file by what makes two the same measurement: none is written twice."""
+    """The rows of a JSON-lines file by what makes two the same measurement: none is written twice, nor those of earlier versions."""
 
     def __init__(self, path: str | Path, key: tuple[str, ...]):
         self.path, self.key = path, key
@@ -153,7 +165,7 @@ class Rows:
         return tuple(str(row.get(name)) for name in self.key)
 
     def find(self, row: dict) -> dict | None:
-        return self.known.get(self._of(row))
+        return self.known.get(self._of(row)) or self.known.get(self._of(before(row)))
 
     def append(self, *rows: dict) -> None:
         """Write rows that belong together: all of them or, if interrupted, none."""

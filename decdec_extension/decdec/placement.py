@@ -40,8 +40,8 @@ def place_residuals(layers: Iterable[Compensated], where: str = "host") -> None:
             size = max(arena.workspace_bytes(layer.out_features, FEW_ROWS) for layer in group)
             workspace = torch.zeros(size, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError:
-            raise UserError(f"residuals: {sum(layer.residual.nbytes for layer in moved) / 1e9:.2f} GB do not fit the memory of {device}; "
-                            "place them in host memory") from None
+            gigabytes = sum(layer.residual.nbytes for layer in moved) / 1e9
+            raise UserError(f"residuals: {gigabytes:.2f} GB do not fit the memory of {device}; place them in host memory") from None
         for layer, residual in zip(moved, placed):
             layer.residual, layer.residual_in = residual, where
         for layer in group:

@@ -10,14 +10,14 @@ from series import bench_rows, by_k_chunk, k_chunk_figure, of_last_models, writt
 
 from decdec.errors import UserError, run
 
-SETTING = ("model", "method", "bits", "weights_hash", "selection", "k_chunk", "residual_bits", "nested", "repair", "seed")
+SETTING = ("selection", "k_chunk", "residual_bits", "nested", "seed")
 
 
 def accuracies(rows: list[dict]) -> tuple[list[dict], int]:
     """One row a setting with its mean accuracy in percent, and the number of subtasks that the mean is over."""
     settings = defaultdict(dict)
-    for row in of_last_models(rows):
-        settings[tuple(str(row.get(name)) for name in SETTING)][row["task"]] = row
+    for model, row in of_last_models(rows):
+        settings[model, *(str(row.get(name)) for name in SETTING)][row["task"]] = row
     common = set.intersection(*(set(tasks) for tasks in settings.values()))
     if not common:
         raise UserError("no BBH subtask has been measured for every setting")

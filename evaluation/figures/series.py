@@ -34,20 +34,35 @@ def bits_name(bits: int | list[int]) -> str:
     return f"{sum(bits) / len(bits):g}" if isinstance(bits, list) else str(bits)
 
 
-def model_label(row: dict) -> str:
-    """What is compensated: the model, with its static repair where it has one."""
+def model_label(row: dict, groups: bool = False) -> str:
+    """What is compensated: the model, its groups' size if asked for, and its static repair where it has one."""
     name = f"{METHODS.get(row['method'], row['method'])}, {bits_name(row['bits'])} bits"
+    name += f", groups of {row['group_size']}" if groups and row.get("group_size") else ""
     return f"{name}, repaired" if row.get("repair") else name
 
 
-def label(row: dict) -> str:
-    return f"{model_label(row)}, nested {row['residual_bits']}" if row.get("nested") else model_label(row)
+def label(row: dict, model: str | None = None) -> str:
+    model = model or model_label(row)
+    return f"{model}, nested {row['residual_bits']}" if row.get("nested") else model
 
 
-def of_last_models(rows: Sequence[dict]) -> list[dict]:
-    """Of rows whose models have the same label those of the last one's weights and repair: others were made otherwise."""
-    last = {model_label(row): (row.get("weights_hash"), row.get("repair")) for row in rows}
-    return [row for row in rows if last[model_label(row)] == (row.get("weights_hash"), row.get("repair"))]
+def of_last_models(rows: Sequence[dict]) -> list[tuple[str, dict]]:
+    """Rows with their models' labels, which tell the size of groups where it is not the same for all of a method and its bits.
+
+    Of models with the same label only the last one's weights and repair: others were made otherwise. Rows of originals that
+    earlier versions wrote have no hash and stay.
+    """
+    sizes = defaultdict(set)
+    for row in rows:
+        sizes[model_label(row)].add(row.get("group_size"))
+    named = [(model_label(row, groups=len(sizes[model_label(row)]) > 1), row) for row in rows]
+    weights = {name: row["weights_hash"] for name, row in named if row.get("weights_hash")}
+    repairs = {name: row.get("repair") for name, row in named}
+    kept = [(name, row) for name, row in named
+            if row.get("weights_hash") in (None, weights.get(name)) and row.get("repair") == repairs[name]]
+    if len(kept) < len(rows):
+        print(f"{len(rows) - len(kept)} rows of older weights or repairs are left out", file=sys.stderr)
+    return kept
 
 
 def by_k_chunk(rows: Iterable[dict], value: str, selection: str) -> tuple[dict[str, dict[int, float]], float | None]:
@@ -57,13 +72,13 @@ def by_k_chunk(rows: Iterable[dict], value: str, selection: str) -> tuple[dict[s
     """
     lines, base = defaultdict(lambda: defaultdict(dict)), defaultdict(dict)  # by label, k_chunk and seed; by model and seed
     of = {}
-    for row in of_last_models([row for row in rows if row[value] is not None]):
+    for model, row in of_last_models([row for row in rows if row[value] is not None]):
         seed = row.get("seed")
         if row["k_chunk"] == 0:
-            base[model_label(row)][seed] = row[value]
+            base[model][seed] = row[value]
         elif row["selection"] == selection and (row.get("nested") or row["residual_bits"] in (None, 4)):
-            lines[label(row)][row["k_chunk"]][seed] = row[value]
-            of[label(row)] = model_label(row)
+            lines[label(row, model)][row["k_chunk"]][seed] = row[value]
+            of[label(row, model)] = model
     for name, points in lines.items():  # a model that was never compensated has no line
         if of[name] in base:
             points[0] = base[of[name]]

@@ -7,7 +7,7 @@ The best of each group stands in bold.
 import argparse
 from collections import defaultdict
 
-from series import TEXT, bench_rows, markdown, model_label, of_last_models
+from series import TEXT, bench_rows, markdown, of_last_models
 
 from decdec.errors import UserError, run
 from decdec.files import atomic
@@ -18,8 +18,7 @@ BITS = (2, 4, 8, 16)
 def tables(rows: list[dict], selection: str) -> list[str]:
     """Lines of one Markdown table a model."""
     cells, base = defaultdict(dict), {}
-    for row in of_last_models(rows):
-        name = model_label(row)
+    for name, row in of_last_models(rows):
         if row["k_chunk"] == 0:
             base[name] = row["perplexity"]
         elif row["selection"] == selection and not row["nested"]:

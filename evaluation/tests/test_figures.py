@@ -122,6 +122,28 @@ def test_lines_hold_one_model_each_and_average_nothing_but_seeds():
     assert series_of(new[0], nested, row("original", 0, 9.0, 16)) == ({"AWQ, 3 bits, nested 2": {0: 30.0, 8: 20.0}}, 9.0)
 
 
+def test_rows_left_out_are_counted_and_originals_without_a_hash_stay(capsys):
+    originals = [row("original", 0, value, 16, weights_hash=weights) for value, weights in ((9.0, None), (8.0, "w"), (7.0, None))]
+    for seed, original in enumerate(originals):
+        original["seed"] = seed
+    assert series_of(*originals)[1] == pytest.approx(8.0) and not capsys.readouterr().err
+    series_of(row("awq", 0, 90.0, weights_hash="old"), *(row("awq", k, 30.0, weights_hash="new") for k in (0, 8)))
+    assert capsys.readouterr().err == "1 rows of older weights or repairs are left out\n"
+    tasks = [original | {"task": task, "value": 0.1} for original, task in zip(originals, "aba", strict=True)]
+    assert accuracies([task | {"seed": 0} for task in tasks])[1] == 2  # those measured before and after are one setting's
+
+
+def test_every_group_size_has_a_line_and_is_told_where_there_are_several(tmp_path):
+    sizes = [row("awq", k, 30.0 - k, weights_hash=str(size), group_size=size) for size in (64, 128) for k in (0, 8)]
+    assert series_of(*sizes)[0] == {f"AWQ, 3 bits, groups of {size}": {0: 30.0, 8: 22.0} for size in (128, 64)}
+    assert set(series_of(*sizes[2:])[0]) == {"AWQ, 3 bits"}
+    path = tmp_path / "rows.jsonl"
+    for content in sizes:
+        append_row(path, content, content | {"residual_bits": 2, "k_chunk": 2 * content["k_chunk"]})
+    lines = run_script(EVALUATION / "figures/table2_residual_bits.py", path).stdout.splitlines()
+    assert [line.split(":")[0] for line in lines if ":" in line] == [f"AWQ, 3 bits, groups of {size}" for size in (128, 64)]
+
+
 def test_a_repair_is_told_in_the_table_and_in_figure_14(rows, tmp_path):
     append_row(rows, row("awq", 8, 21.0, repair="r", repair_settings={"rank": 4, "center": "on", "k_chunk": 16}))
     lines = run_script(EVALUATION / "table.py", rows).stdout.splitlines()

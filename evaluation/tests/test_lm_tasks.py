@@ -8,7 +8,9 @@ import torch
 from decdec_lm import DecDECLM
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from lm_tasks import KEY, find_all
 from local_tasks import write_tasks
+from subject import Rows
 
 from decdec import hub
 from decdec.files import read_rows
@@ -91,6 +93,15 @@ def test_rows_say_when_prompts_were_compensated(folder, data, tmp_path):
         result = run_tasks(folder, data, out, "--tasks", "bbh_cot_fewshot_navigate", "--k-chunk", 0, 16, "--max-gen-toks", 2, *extra)
         assert result.returncode == 0, result.stderr
     assert [row["compensated"] for row in read_rows(out)] == ["none", "generated tokens", "every position"]
+
+
+def test_published_rows_are_found_by_what_is_asked_for_today():
+    path = EVALUATION / "results/smollm2-135m/lm_tasks.jsonl"
+    rows = Rows(path, KEY)
+    for row in read_rows(path):
+        today = row | {"thresholds": "t" if row["selection"] == "bucket" else None}
+        today |= {"weights_hash": "w"} if row["method"] == "original" else {}
+        assert row in find_all(rows, today) and not find_all(rows, today | {"limit": 12345})
 
 
 def test_two_processes_measure_what_one_does(folder, tmp_path):

@@ -161,6 +161,9 @@ def test_answers_of_other_settings_are_not_taken(tmp_path):
     put_answers(tmp_path, {"question_id": 1, "setting": setting | {"torch": "2"}, "max_new_tokens": 8})
     path = tmp_path / "model_answer/m.jsonl"
     assert read_answers(path, setting | {"torch": "3"}, 8) == {1} and read_answers(tmp_path / "none", setting, 8) == set()
+    put_answers(tmp_path, {"question_id": 1, "setting": {"model": "s", "weights_hash": None}, "max_new_tokens": 8})
+    assert read_answers(path, setting, 8) == {1}  # answered before settings held more
+    put_answers(tmp_path, {"question_id": 1, "setting": setting, "max_new_tokens": 8})
     for change, tokens in (({"weights_hash": "other"}, 8), ({}, 16)):
         with pytest.raises(UserError, match="--out: .* holds answers with"):
             read_answers(path, setting | change, tokens)

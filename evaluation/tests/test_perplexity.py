@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from subject import SUBJECT_KEY, Setting, from_arguments
+from perplexity import KEY
+from subject import SUBJECT_KEY, Rows, Setting, from_arguments
 
 from decdec import artifacts, models, text
 from decdec.files import read_rows
@@ -121,6 +122,9 @@ def test_rows_tell_originals_and_calibrations_apart_that_share_a_name(original, 
     other = make_model(tmp_path / original.name, seed=1)
     (mine,), (another,) = key(original, Setting()), key(other, Setting())
     assert mine["model"] == another["model"] and mine["weights_hash"] != another["weights_hash"]
+    link = tmp_path / "link"
+    link.symlink_to(original)
+    assert key(link, Setting())[0]["model"] == "link"  # as the hub's snapshots are links to files of other names
     monkeypatch.chdir(original)
     assert key(".", Setting()) == [mine]
     recalibrated = tmp_path / folder.name
@@ -134,6 +138,25 @@ def test_rows_tell_originals_and_calibrations_apart_that_share_a_name(original, 
         names = ("weights_hash", "selection", "thresholds")
         pairs = zip(key(folder, *settings), key(recalibrated, *settings), strict=True)
         assert [all(a[name] == b[name] for name in names) for a, b in pairs] == same
+
+
+def test_published_rows_are_found_by_what_is_asked_for_today():
+    path = ROOT / "evaluation/results/smollm2-135m.jsonl"
+    rows, published = Rows(path, KEY), read_rows(path)
+    assert len(published) > 90
+    for row in published:
+        today = row | {"thresholds": "t" if row["selection"] in ("bucket", "static") else None}
+        today |= {"weights_hash": "w"} if row["method"] == "original" else {}
+        assert rows.find(today)["perplexity"] == row["perplexity"]
+        assert rows.find(today | {"text_hash": "other"}) is None
+        assert row["method"] == "original" or rows.find(today | {"weights_hash": "other"}) is None
+
+
+def test_rows_of_today_are_told_apart_by_thresholds(tmp_path):
+    rows = Rows(tmp_path / "rows.jsonl", KEY)
+    row = {"method": "awq", "selection": "bucket", "k_chunk": 8, "thresholds": "t"}
+    rows.append(row)
+    assert rows.find(row) is row and rows.find(row | {"thresholds": "other"}) is None
 
 
 def test_an_original_model_cannot_be_compensated(original, tmp_path):

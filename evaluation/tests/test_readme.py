@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from decdec.testing import run_script
+
 ROOT = Path(__file__).parents[2]
 COMMANDS = re.findall(r"^\| `([^`]+)` \|", (ROOT / "evaluation/README.md").read_text(encoding="utf-8"), re.MULTILINE)
 FIGURES = [command.split()[1] for command in COMMANDS if re.match(r"evaluation/evaluate\.sh (fig|table)\d", command)]
@@ -38,7 +40,8 @@ def scripts_of(what, folder, tmp_path, **environment):
     result = subprocess.run([ROOT / "evaluation/evaluate.sh", what, "original", folder], capture_output=True, text=True,
                             env={"PATH": os.environ["PATH"], "PYTHON": str(python), "RESULTS": str(tmp_path / "results")} | environment)
     assert result.returncode == 0, result.stderr
-    return [f"{Path(script).name} {rest}" for script, _, rest in (line.partition(" ") for line in log.read_text().splitlines())], result.stderr
+    called = (line.partition(" ") for line in log.read_text().splitlines())
+    return [f"{Path(script).name} {rest}" for script, _, rest in called], result.stderr
 
 
 def test_all_without_data_passes_over_figure_15_alone(tmp_path, folder):
@@ -64,6 +67,11 @@ def test_plans_and_residuals_are_asked_for_unless_they_are_of_these_weights(tmp_
     lines, _ = scripts_of("table2", folder, tmp_path)
     assert [bits for bits in (2, 4, 8, 16) if any(line.startswith("cheatsheet.py") and f"--bits {bits} " in line for line in lines)] \
         == [2, 4, 8, 16]
+
+
+@pytest.mark.parametrize(("bits", "found"), [(4, "cheatsheet.pt"), (16, "residual_16.pt"), (2, "residual_2.pt")])
+def test_residuals_that_are_there_are_not_made_again(folder, bits, found):
+    assert run_script(ROOT / "evaluation/sheet_of.py", folder, bits).stdout == f"{folder / found}\n"
 
 
 @pytest.mark.parametrize("name", ["fig12", "report"])
