@@ -13,8 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from decdec.artifacts import quant_method
 from decdec.errors import UserError
-from decdec.files import read_json, safetensors_names
+from decdec.files import safetensors_names
 from decdec.models import compute_buffers, decoder_blocks, decoder_linears, load_model
 
 
@@ -37,7 +38,7 @@ class BaseModel:
         self.folder = Path(folder)
         self._stored: dict[str, _Stored] = {}
         self._state: dict[str, Tensor] | None = None
-        if "quantization_config" in read_json(self.folder / "config.json"):
+        if quant_method(self.folder):
             raise UserError(f"model: expected an original model, {str(folder)!r} is quantized")
         try:
             self._open()

@@ -9,6 +9,7 @@ from pathlib import Path
 from decdec.errors import UserError
 from decdec.files import read_json, write_json
 from decdec.packing import BASE_BITS
+from decdec.text import calibration_identity
 
 FORMAT, VERSION = "decdec.bit_map", 1
 
@@ -21,8 +22,10 @@ def write_bit_map(path: str | Path, bits: list[int], how: dict) -> None:
 def known_bit_map(path: str | Path, how: dict) -> list[int] | None:
     """The bits that the map at ``path`` holds, if it rests on just that; else None."""
     content = read_json(path) if Path(path).is_file() else {}
-    same = isinstance(content, dict) and all(content.get(key) == value for key, value in how.items())
-    return content.get("bits") if same else None
+    if not isinstance(content, dict) or not isinstance(content.get("calibration"), dict):
+        return None
+    content["calibration"] = calibration_identity(content["calibration"])  # which once held the text's name
+    return content.get("bits") if all(content.get(key) == value for key, value in how.items()) else None
 
 
 def read_bit_map(path: str | Path, bits: float) -> list[int]:

@@ -4,16 +4,16 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from functools import partial
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor
 
-from decdec.artifacts import QUANT_METHOD, QuantConfig, read_quant_config
+from decdec.artifacts import QUANT_METHOD, QuantConfig, quant_method, read_quant_config
 from decdec.errors import UserError
-from decdec.files import atomic, read_json, tensors_hash, write_json
+from decdec.files import atomic, config_hash, read_json, tensors_hash, write_json
 from decdec.models import local_folder, original_hash, original_of
 from decdec.text import calibration_identity
 
@@ -51,14 +51,26 @@ def check_out(out: str | Path) -> None:
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"out: expected a folder, got the file {str(out)!r}")
-    path = out / "config.json"
-    if path.is_file() and read_json(path).get("quantization_config", {}).get("quant_method") != QUANT_METHOD:
+    if (out / "config.json").is_file() and quant_method(out) != QUANT_METHOD:
         raise UserError(f"out: {str(out)!r} holds another model; give a folder of its own")
 
 
 def model_identity(folder: Path) -> dict:
     """What tells one original model from another."""
     return {"config": read_json(folder / "config.json"), "weights": original_hash(folder)}
+
+
+def dated_identity(folder: Path) -> dict:
+    """What :func:`model_identity` was before it knew weights by their content: folders of that time are still finished."""
+    weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.safetensors"))]
+    return {"config": read_json(folder / "config.json"), "weights": weights}
+
+
+def holds(out: Path, hashes: Container[str]) -> bool:
+    """Whether ``out``, which :func:`check_out` let through, is a finished folder whose identity has one of ``hashes``."""
+    if not (out / "config.json").is_file() or not (out / "model.safetensors").is_file():
+        return False
+    return (read_json(out / "config.json")["quantization_config"].get("calibration") or {}).get("config_hash") in hashes
 
 
 def original_folder(folder: Path, quant: QuantConfig, model: str | None = None) -> Path:
@@ -73,20 +85,19 @@ def original_folder(folder: Path, quant: QuantConfig, model: str | None = None) 
 class QuantizedFolder:
     """One quantization, known by the hash of ``identity``, on its way into the folder ``out``.
 
-    Finished blocks are its ``parts`` until :meth:`finish` puts them together.
+    Finished blocks are its ``parts`` until :meth:`finish` puts them together. ``dated``: the identity that it had before, see
+    :func:`dated_identity`.
     """
 
-    def __init__(self, out: str | Path, identity: dict):
+    def __init__(self, out: str | Path, identity: dict, dated: dict):
         self.out = Path(out)
         check_out(out)
+        self._dated = config_hash(dated)
         self.parts = Parts(self.out / ".parts", identity)
 
     def finished(self) -> bool:
         """Whether ``out`` already holds exactly this quantization."""
-        path = self.out / "config.json"
-        if not path.is_file() or not (self.out / "model.safetensors").is_file():
-            return False
-        if read_json(path).get("quantization_config", {}).get("calibration", {}).get("config_hash") != self.parts.hash:
+        if not holds(self.out, (self.parts.hash, self._dated)):
             return False
         self.parts.clear()  # where a kill came just before
         return True
@@ -143,7 +154,9 @@ class Reusable:
             ours, theirs = getattr(self.quant, name), getattr(wanted, name)
             if name == "calibration":
                 ours, theirs = calibration_identity(ours), calibration_identity(theirs)
-                ours.pop("config_hash")
+                ours.pop("config_hash", None)
+                if "original" not in ours:  # made before folders said it
+                    theirs.pop("original", None)
             if ours != theirs:
                 raise UserError(f"reuse: {self.folder}: {name.replace('_', '-')}: expected {theirs}, got {ours}")
         return True

@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from decdec.artifacts import QuantConfig
 from decdec.errors import UserError, run
-from decdec.files import config_hash, read_json, tensors_hash, write_json
+from decdec.files import config_hash, tensors_hash, write_json
 from decdec.models import block_of, decoder_blocks, local_folder, original_hash
 from decdec.packing import BASE_BITS, pack_codes
 
 from base_model import BaseModel
-from folder import COPIED, atomic_folder, check_out, model_identity, save_tensors, summary
+from folder import COPIED, atomic_folder, check_out, dated_identity, holds, model_identity, save_tensors, summary
 from foreign import ForeignFolder
 from foreign_formats import ForeignLayer
 from model_card import card
@@ -82,10 +82,10 @@ def import_checkpoint(foreign: str, out: str | Path, model: str | None = None) -
     """
     source, out = local_folder(foreign), Path(out)
     original = local_folder(model) if model else None
-    config_id = config_hash({"foreign": model_identity(source),
-                             "model": model_identity(original) if original else None})
+    config_id, dated = (config_hash({"foreign": identity(source), "model": identity(original) if original else None})
+                        for identity in (model_identity, dated_identity))
     check_out(out)
-    if _is_there(out, config_id):
+    if holds(out, (config_id, dated)):
         return False
     folder = ForeignFolder(source)
     base = BaseModel(original) if original else None
@@ -120,13 +120,6 @@ def import_checkpoint(foreign: str, out: str | Path, model: str | None = None) -
     if not scaling:
         (out / SCALING).unlink(missing_ok=True)
     return True
-
-
-def _is_there(out: Path, config_id: str) -> bool:
-    path = out / "config.json"
-    if not path.is_file() or not (out / "model.safetensors").is_file():
-        return False
-    return read_json(path).get("quantization_config", {}).get("calibration", {}).get("config_hash") == config_id
 
 
 def _read(folder: ForeignFolder, base: BaseModel | None,

@@ -27,7 +27,7 @@ import squeezellm
 from base_model import BaseModel
 from bit_map import read_bit_map
 from blocks import BlockRunner
-from folder import QuantizedFolder, Reusable, model_identity, summary
+from folder import QuantizedFolder, Reusable, dated_identity, model_identity, summary
 from uniform import check_group_size, default_group_size, pack_uniform
 
 METHODS = ("squeezellm", "awq", "gptq", "rtn")
@@ -61,7 +61,8 @@ def quantize(source: str, method: str, bits: float, out: str, group_size: int | 
         identity["block_bits"] = read_bit_map(bit_map, bits)
     if method == "gptq":
         act_order = identity["act_order"] = act_order is not False
-    folder = QuantizedFolder(out, identity)
+    dated = {key: value for key, value in calibration.items() if key != "original"}
+    folder = QuantizedFolder(out, identity, identity | {"calibration": dated, "model": dated_identity(source_folder)})
     if folder.finished():
         return False
 

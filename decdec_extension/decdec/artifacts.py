@@ -86,6 +86,16 @@ class QuantConfig:
         return self.layer_bits.get(layer, self.bits)
 
 
+def quant_method(folder: str | Path) -> str | None:
+    """Who quantized the model in ``folder``, by its ``config.json``; None for an original."""
+    path = Path(folder) / "config.json"
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected the configuration of a model, got {str(config)[:60]}")
+    settings = config.get("quantization_config")
+    return (settings.get("quant_method") if isinstance(settings, dict) else None) or "unknown" if settings else None
+
+
 def read_quant_config(folder: str | Path) -> QuantConfig:
     """The :class:`QuantConfig` of a model folder."""
     path = Path(folder) / "config.json"

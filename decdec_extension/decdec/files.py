@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -83,6 +84,30 @@ def safetensors_names(folder: Path) -> list[str]:
     if index.is_file():
         return sorted(set(read_json(index)["weight_map"].values()))
     return ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
+
+
+class Span(NamedTuple):
+    """Where a tensor lies: ``size`` bytes from ``start`` of a safetensors file; ``dtype`` by its name there."""
+
+    path: Path
+    start: int
+    size: int
+    dtype: str
+    shape: list[int]
+
+
+def safetensors_spans(folder: Path, names: Iterable[str]) -> dict[str, Span]:
+    """Where the tensors of the safetensors files ``names`` lie, from the files' headers alone."""
+    spans = {}
+    for name in names:
+        path = folder / name
+        with open_safetensors(path), open(path, "rb") as file:  # the first says whether the header can be trusted
+            length = int.from_bytes(file.read(8), "little")
+            for key, tensor in json.loads(file.read(length)).items():
+                if key != "__metadata__":
+                    first, end = tensor["data_offsets"]
+                    spans[key] = Span(path, 8 + length + first, end - first, tensor["dtype"], tensor["shape"])
+    return spans
 
 
 def open_safetensors(path: Path) -> safe_open:

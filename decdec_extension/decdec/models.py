@@ -1,6 +1,7 @@
 """Loading original models, and finding their decoder's linear layers from the module tree (no model names)."""
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from decdec.errors import UserError
-from decdec.files import safetensors_names
+from decdec.files import safetensors_names, safetensors_spans
 
 KINDS = ("qkv", "o", "gu", "d")  # the paper's: attention's inputs and output, the MLP's inputs and output
 OTHER = "other"  # a layer whose name tells none of them; it is quantized and compensated like the rest
@@ -18,6 +19,7 @@ _NAMES = {"qkv": "q_proj k_proj v_proj qkv_proj query_key_value query key value 
           "o": "o_proj out_proj dense wo attn.c_proj attention.c_proj self_attn.c_proj",
           "gu": "gate_proj up_proj gate_up_proj fc1 fc_in c_fc dense_h_to_4h w1 w3",
           "d": "down_proj fc2 fc_out c_proj dense_4h_to_h w2"}
+_BIN = "pytorch_model*.bin"  # the weights of a model that has no safetensors; other .bin files are a trainer's
 _KIND_OF = {name: kind for kind, names in _NAMES.items() for name in names.split()}
 
 
@@ -42,27 +44,44 @@ def local_folder(source: str) -> Path:
         return Path(source)
     from huggingface_hub import snapshot_download
 
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+    others = ["consolidated*", "*/*"]  # the weights once more, in other forms
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"],
-                                      ignore_patterns=["consolidated*", "*/*"]))  # the weights once more, in other forms
+        folder = Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=others))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(source, allow_patterns=[*wanted, _BIN], ignore_patterns=others))
+        return folder
     except Exception as error:  # the hub client raises many kinds; whichever, the user can only name another model
         raise UserError(f"model: expected a model folder or a hub id that can be reached, got {source!r} "
                         f"({type(error).__name__})") from None
 
 
 def original_hash(folder: Path) -> str:
-    """Short hash of an original's weights, the same wherever the folder lies.
+    """Short hash of an original's weights, the same wherever the folder lies and over however many files they are spread.
 
-    Of a file only its size and 64 bytes at each of 256 places are read: enough to tell models apart, not to find one changed number.
+    Of every tensor its name, type, shape and 64 bytes at each of 4 places are read: enough to tell models apart, not to find one
+    changed number. Of files that are no safetensors, 64 bytes at each of 256 places.
     """
     digest = hashlib.sha256()
-    for path in [folder / name for name in safetensors_names(folder)] or sorted(folder.glob("*.bin")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
+
+    def sample(path: Path, start: int, size: int, places: int) -> None:
         with open(path, "rb") as file:
-            for place in range(256):
-                file.seek(place * size // 256)
-                digest.update(file.read(64))
+            for place in range(places):
+                at = place * size // places
+                file.seek(start + at)
+                digest.update(file.read(min(64, size - at)))
+
+    if names := safetensors_names(folder) or sorted(path.name for path in folder.glob("*.safetensors")):
+        for name, span in sorted(safetensors_spans(folder, names).items()):
+            digest.update(json.dumps([name, span.dtype, span.shape]).encode())
+            sample(span.path, span.start, span.size, 4)
+    elif paths := sorted(folder.glob(_BIN)):
+        for path in paths:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode())
+            sample(path, 0, size, 256)
+    else:
+        raise UserError(f"model: expected safetensors files or {_BIN}, {str(folder)!r} has none")
     return digest.hexdigest()[:16]
 
 

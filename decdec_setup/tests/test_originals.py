@@ -1,6 +1,9 @@
 """The original model: never written over, never taken for another one."""
 
+import hashlib
+import json
 import shutil
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from decdec.artifacts import read_quant_config
 from decdec.errors import UserError
 from decdec.files import read_json, write_json
-from decdec.models import load_model, original_hash
+from decdec.models import load_model, local_folder, original_hash
 from decdec.text import Text
 
 import cheatsheet
@@ -17,6 +20,7 @@ import thresholds
 from base_model import BaseModel
 from cheatsheet import make_cheatsheet, make_from_two_folders
 from convert_gguf import SOURCE, convert
+from foreign_layouts import gptq, settings, write
 from import_checkpoint import import_checkpoint
 from mixed_precision import make_bit_map
 from parts import Parts
@@ -75,10 +79,118 @@ def test_a_model_without_all_of_its_weights_is_no_original(tiny, quantized, tmp_
 def test_an_original_is_known_wherever_it_lies(tiny, sibling, tmp_path):
     shutil.copytree(tiny, tmp_path / "copy", copy_function=shutil.copyfile)  # with other times
     assert original_hash(tmp_path / "copy") == original_hash(tiny) != original_hash(sibling)
-    for name, value in (("a", 0.0), ("b", 1.0)):
-        (tmp_path / name).mkdir()
-        torch.save({"weight": torch.full((9,), value)}, tmp_path / name / "pytorch_model.bin")
-    assert original_hash(tmp_path / "a") != original_hash(tmp_path / "b")
+    load_model(str(tiny)).save_pretrained(tmp_path / "shards", max_shard_size="300KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert original_hash(tmp_path / "shards") == original_hash(tiny)
+
+
+@pytest.mark.parametrize("change", [lambda w: w * 2, lambda w: w.view(torch.int16), lambda w: w.unsqueeze(0)])
+def test_every_tensor_tells_originals_apart(tiny, tmp_path, change):
+    tensors = load_file(tiny / "model.safetensors")
+    found = {original_hash(tiny)}
+    for name, tensor in tensors.items():
+        save_file(tensors | {name: change(tensor)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        found.add(original_hash(tmp_path))
+    assert len(found) == len(tensors) + 1
+
+
+def test_an_original_without_safetensors_is_known_by_its_own_files(tmp_path):
+    with pytest.raises(UserError, match="expected safetensors files or pytorch_model"):
+        original_hash(tmp_path)
+    (tmp_path / "training_args.bin").write_bytes(b"settings")
+    with pytest.raises(UserError, match="expected safetensors files or pytorch_model"):
+        original_hash(tmp_path)
+    found = set()
+    for value in (0.0, 1.0):
+        torch.save({"weight": torch.full((9,), value)}, tmp_path / "pytorch_model.bin")
+        found.add(original_hash(tmp_path))
+    (tmp_path / "training_args.bin").unlink()
+    assert len(found) == 2 and original_hash(tmp_path) in found
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_other_weights_are_fetched_where_there_are_no_safetensors(tmp_path, monkeypatch, weights):
+    asked = []
+
+    def fetch(source, allow_patterns, **_):
+        asked.append(allow_patterns)
+        if any(fnmatch(weights, pattern) for pattern in allow_patterns):
+            (tmp_path / weights).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert local_folder("some/model") == tmp_path and (tmp_path / weights).exists()
+    assert len(asked) == (1 if weights.endswith("safetensors") else 2)
+
+
+@pytest.mark.parametrize(("method", "text"), [("rtn", {}), ("awq", {"text": "pydoc", "samples": 3, "length": 64})])
+def test_folders_made_before_they_said_their_original_are_finished(tiny, quantized, calibration, tmp_path, method, text):
+    folder = tmp_path / "folder"
+    shutil.copytree(quantized(method), folder)
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    told = _as_before(folder, lambda old: {"method": method, "bits": 3, "group_size": None, "calibration": old,
+                                           "model": _dated(tiny)})
+    assert set(told) == set(text and text | {"text_hash": 0, "seed": 0})
+    assert quantize(str(tiny), method, 3, str(folder), **calibration) is False
+    assert quantize(str(tiny), method, 3, str(tmp_path / "out"), reuse=[str(folder)], **calibration)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny, moved, copy_function=shutil.copyfile)  # with other times, which were the identity
+    assert quantize(str(moved), method, 3, str(folder), **calibration) is True
+
+
+def test_imports_made_before_they_said_their_original_are_finished(tiny, tmp_path):
+    foreign, out = tmp_path / "foreign", tmp_path / "out"
+    write(tiny, foreign, lambda name, weight: gptq(name, weight, 4), settings("gptq", 4))
+    assert import_checkpoint(str(foreign), out, str(tiny))
+    _as_before(out, lambda _: {"foreign": _dated(foreign), "model": _dated(tiny)})
+    assert import_checkpoint(str(foreign), out, str(tiny)) is False
+    assert import_checkpoint(str(foreign), out) is True  # without the original it is another
+
+
+def test_a_bit_map_that_names_its_text_is_kept(tiny, quantized, calibration, tmp_path):
+    path = tmp_path / "map.json"
+    work = (str(tiny), quantized("rtn"), quantized("rtn", 4), str(path))
+    bits = make_bit_map(*work, **calibration)
+    content = read_json(path)
+    write_json(path, content | {"bits": bits[::-1], "calibration": {"text": content.pop("text")} | content["calibration"]})
+    assert make_bit_map(*work, **calibration) == bits[::-1]
+    assert make_bit_map(*work, **calibration | {"seed": 1}) is not None and "text" not in read_json(path)["calibration"]
+
+
+def _dated(folder):
+    path = folder / "model.safetensors"
+    return {"config": read_json(folder / "config.json"), "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns]]}
+
+
+def _as_before(folder, identity):
+    """Make the finished ``folder`` what it was before originals were known by their weights; its calibration then."""
+    config = read_json(folder / "config.json")
+    calibration = config["quantization_config"]["calibration"]
+    del calibration["original"], calibration["config_hash"]
+    before = dict(calibration)
+    calibration["config_hash"] = hashlib.sha256(json.dumps(identity(before), sort_keys=True).encode()).hexdigest()[:16]
+    write_json(folder / "config.json", config)
+    return before
+
+
+@pytest.mark.parametrize("nothing", [None, {}])
+def test_a_configuration_may_say_that_the_model_is_not_quantized(tiny, tmp_path, nothing):
+    folder = tmp_path / "tiny"
+    shutil.copytree(tiny, folder)
+    write_json(folder / "config.json", read_json(tiny / "config.json") | {"quantization_config": nothing})
+    BaseModel(folder)
+    with pytest.raises(UserError, match="holds another model"):
+        quantize(str(tiny), "rtn", 3, str(folder))
+
+
+def test_a_configuration_that_is_a_list_is_refused(tiny, tmp_path):
+    folder = tmp_path / "tiny"
+    shutil.copytree(tiny, folder)
+    write_json(folder / "config.json", [1])
+    for work in (lambda: BaseModel(folder), lambda: quantize(str(tiny), "rtn", 3, str(folder))):
+        with pytest.raises(UserError, match="expected the configuration of a model"):
+            work()
 
 
 def test_another_original_is_refused(calibration, tiny, sibling, quantized, tmp_path):

@@ -88,7 +88,7 @@ def test_a_truncated_model_is_told(tiny, tmp_path):
     shutil.copytree(tiny, broken)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(UserError, match="could not be loaded"):
+    with pytest.raises(UserError, match="cannot be read"):
         quantize(str(broken), "rtn", 3, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
