@@ -140,7 +140,7 @@ def test_shell_script_compares_settings(folder):
     (("--model", "{folder}", "--temperature", -1), "temperature"),
     (("--model", "{folder}", "--max-new-tokens", 0), "max-new-tokens"),
     (("--model", "{folder}", "--k-chunk", 8, 8), "expected one number, or 4"),
-    (("--model", "{folder}", "--device", "cuda:9"), "not there"),
+    (("--model", "{folder}", "--device", "cuda:9"), "torch sees"),
     (("--model", "{folder}", "--device", "gpu"), "expected cpu, cuda or cuda:NUMBER, got 'gpu'"),
     (("--model", "{folder}", "--prompts", "/dev/null"), "expected a prompt on every line"),
     (("--prompt", "Hello"), "--model: expected"),
