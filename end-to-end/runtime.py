@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from decdec import hub, models
+from decdec.artifacts import quant_method
 from decdec.errors import UserError, check_device
-from decdec.files import read_json
 from decdec.linear import Compensation
 from decdec.models import KINDS
 from decdec.plan import Plan, apply
@@ -160,7 +160,7 @@ def load(source: str, dtype: torch.dtype, compensation: Compensation | dict | st
     """The model of a folder or an original model, on the CPU, not compensated, and the tokens that end a text."""
     models.check_source(source)
     folder = Path(source)
-    if folder.is_dir() and "quantization_config" in read_json(folder / "config.json"):
+    if folder.is_dir() and quant_method(folder):
         model = hub.load(folder, dtype)
     elif _compensates(compensation):
         raise UserError(f"k_chunk, repair: {source} is not a DecDEC folder, it can only be run without them")

@@ -10,7 +10,7 @@ import math
 import time
 
 import torch
-from subject import SUBJECT_KEY, Rows, add_arguments, add_settings, from_arguments
+from subject import SUBJECT_KEY, Rows, add_arguments, add_settings, from_arguments, sequence_length
 from torch import Tensor
 from tqdm import tqdm
 
@@ -48,7 +48,7 @@ def main() -> None:
     arguments = parse_arguments()
     subject = from_arguments(arguments)
     evaluation = text.load_text(arguments.text, "evaluation")
-    length = min(2048, models.context_length(arguments.model)) if arguments.length is None else arguments.length
+    length = sequence_length(arguments)
     ids = text.windows(evaluation, models.load_tokenizer(arguments.model), length, arguments.windows)
     settings = subject.settings(arguments.selection, arguments.k_chunk)
     rows = Rows(arguments.out, KEY)

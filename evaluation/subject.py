@@ -12,7 +12,7 @@ from torch import nn
 import decdec
 from decdec import artifacts, hub, models, text
 from decdec.errors import UserError, check_device
-from decdec.files import append_row, config_hash, read_json, read_rows
+from decdec.files import append_row, config_hash, read_rows
 from decdec.compensated import SELECTIONS, Compensation
 
 # What tells two subjects and their compensation apart, in the key of every measurement.
@@ -135,10 +135,15 @@ def from_arguments(arguments: argparse.Namespace) -> Subject:
     dtype = arguments.dtype or ("float16" if arguments.device.startswith("cuda") else "float32")
     models.check_source(arguments.model)
     folder = Path(arguments.model)
-    quantized = folder.is_dir() and "quantization_config" in read_json(folder / "config.json")
+    quantized = folder.is_dir() and artifacts.quant_method(folder)
     return Subject(arguments.model, artifacts.read_quant_config(folder) if quantized else None,
                    Path(arguments.cheatsheet) if arguments.cheatsheet else None, dtype, arguments.device, arguments.seed,
                    getattr(arguments, "repair", False))
+
+
+def sequence_length(arguments: argparse.Namespace) -> int:
+    """``--length``, by default the model's longest sequence up to the paper's 2048 tokens."""
+    return min(2048, models.context_length(arguments.model)) if arguments.length is None else arguments.length
 
 
 def folder_from_arguments(arguments: argparse.Namespace) -> Subject:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from perplexity import perplexity
-from subject import SUBJECT_KEY, Rows, Setting, add_arguments, folder_from_arguments
+from subject import SUBJECT_KEY, Rows, Setting, add_arguments, folder_from_arguments, sequence_length
 
 from decdec import hub, models, text
 from decdec.errors import run
@@ -81,7 +81,7 @@ def main() -> None:
     folder = folder_from_arguments(arguments)
     plans = [load_plan(path, folder.quant) for path in arguments.plan or [Path(arguments.model) / PLAN]]
     evaluation = text.load_text(arguments.text, "evaluation")
-    length = min(2048, models.context_length(arguments.model)) if arguments.length is None else arguments.length
+    length = sequence_length(arguments)
     ids = text.windows(evaluation, models.load_tokenizer(arguments.model), length, arguments.windows)
     rows = Rows(arguments.out, KEY)
     same = {}  # GPUs whose plans choose alike share a perplexity

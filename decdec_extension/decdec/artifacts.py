@@ -93,7 +93,10 @@ def quant_method(folder: str | Path) -> str | None:
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected the configuration of a model, got {str(config)[:60]}")
     settings = config.get("quantization_config")
-    return (settings.get("quant_method") if isinstance(settings, dict) else None) or "unknown" if settings else None
+    if not settings:
+        return None
+    named = settings.get("quant_method") if isinstance(settings, dict) else None
+    return named or "unknown"
 
 
 def read_quant_config(folder: str | Path) -> QuantConfig:

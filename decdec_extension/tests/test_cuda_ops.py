@@ -10,13 +10,11 @@ fails inside cuBLAS).
 
 import os
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from decdec import decode_ops, ops, reference
-from decdec.linear import Compensation, CompensatedLinear
+from decdec import ops, reference
 from decdec.testing import poison_shared_memory
 
 GPU = torch.cuda.is_available() and torch.ops.decdec.has_cuda()
@@ -229,25 +227,6 @@ def test_gpus_of_less_shared_memory(emulation, make_base, make_residual, form, b
     entry_error = 1.5 * float(base.args[2].max()) if form == "codebook" and bits == 4 else 0.0
     values = masked(x, reference.select_channels(x, k_chunk))
     assert_as_good(out, None, (x, base.dense.t()), (values, residual.dense), entry_error=entry_error)
-
-
-@pytest.mark.skipif(GPU, reason="a device of the emulation")
-@pytest.mark.parametrize("d_in, k_chunk, fits", ((8192, 1024, True), (16384, 80, True), (16384, 128, False)))
-def test_layers_norm_their_input_where_it_fits(emulation, make_base, make_residual, d_in, k_chunk, fits):
-    emulation(sms=4, shared_per_sm=100 << 10, shared_per_block=99 << 10, major=8)
-    base, residual = make_base("codebook", d_in, 16, 3), make_residual(d_in, 16, 4)
-    layer = SimpleNamespace(in_features=d_in, compensation=Compensation(k_chunk, "exact"), format="codebook", repair=None,
-                            order=None, qweight=SimpleNamespace(is_cuda=True))
-    assert CompensatedLinear._norms(layer) == fits
-    x, norm = torch.randn(1, d_in).half(), torch.rand(d_in).half() + 1
-    arguments = *base.args, None, *residual.args, k_chunk
-    if not fits:
-        with pytest.raises(RuntimeError, match="selected channels of 16384 inputs need .* bytes of shared memory"):
-            ops.codebook_gemv_compensated(x, *arguments, norm=norm, norm_eps=1e-5)
-        return
-    normed = decode_ops.rms_norm(x, norm, 1e-5)
-    want = ops.codebook_gemv_compensated(normed, *arguments)
-    assert torch.equal(ops.codebook_gemv_compensated(x, *arguments, norm=norm, norm_eps=1e-5), want)
 
 
 @pytest.mark.parametrize("boundaries", ((None, None), (3.5, 2.0), (2.0, 2.0), (0.0, 0.0), (100.0, 1e-3)))

@@ -4,7 +4,6 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
-#include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <memory>
